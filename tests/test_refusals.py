@@ -169,6 +169,9 @@ def test_terms_and_data_must_agree(tmp_path):
         make(llama(), two_roles(), tmp_path, forget={"npo": {"betta": 1}})
     with pytest.raises(ValueError, match="retain: no term 'npo' for this role"):
         make(llama(), two_roles(), tmp_path, retain="npo")
+    with pytest.raises(ValueError, match="no term is given for 'forget': nothing would be trained"):
+        make(llama(), two_roles(), tmp_path, forget={})
+    assert list(make(llama(), two_roles(), tmp_path, retain={}).terms) == ["forget"]
 
 
 def test_columns_and_supervision(tmp_path):

@@ -1,6 +1,7 @@
 """What every `transformers.Trainer` can do, ClmulTrainer can do: evaluation, schedulers, precision, saving, callbacks."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -309,6 +310,26 @@ def test_model_card_names_the_package(tmp_path, build):
     assert all(f"- {tag}\n" in card for tag in ("mine", "hf_clmul", "unlearning", "continual-learning"))
 
 
+@pytest.mark.parametrize("build", [llama, adapted])
+def test_push_takes_model_tokenizer_and_card(tmp_path, monkeypatch, build):
+    pushed = {}
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            pushed[repo_id] = {path.name for path in tmp_path.iterdir()}
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = make(build(), two_roles(), tmp_path, hub_model_id="forgetful")
+    trainer.train()
+    trainer.push_to_hub()
+    weights_file = "adapter_model.safetensors" if build is adapted else "model.safetensors"
+    assert {weights_file, "tokenizer.json", "README.md"} <= pushed["me/forgetful"]
+    assert "- unlearning\n" in (tmp_path / "README.md").read_text()
+
+
 def test_callbacks_are_called_as_by_the_stock_trainer(tmp_path):
     class Calls(TrainerCallback):
         def __init__(self):
@@ -389,3 +410,23 @@ def test_epoch_stopped_in_the_middle_of_a_window_leaves_nothing_to_the_next(tmp_
         assert len(saw.steps) == 3 and len(clean.steps) == 4
         assert same(saw.steps[1], clean.steps[2]) and same(saw.steps[2], clean.steps[3])
         assert lines(stopped)[1]["loss/forget/npo"] == lines(whole)[2]["loss/forget/npo"]
+
+
+@pytest.mark.parametrize("rule", ["sum", "pcgrad"])
+def test_an_attempt_that_ran_out_of_memory_leaves_nothing_to_the_next(tmp_path, rule):
+    class OutOfMemory(TrainerCallback):
+        armed = True
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if self.armed:
+                self.armed = False
+                raise RuntimeError("CUDA out of memory.")
+
+    options = {"gradient_accumulation_steps": 2, "conflict": rule, "max_steps": 2}
+    smaller = make(llama(), two_roles(16, 16), tmp_path, [OutOfMemory()], **options, auto_find_batch_size=True)
+    smaller.train()
+    plain = make(llama(), two_roles(16, 16), tmp_path, **options, per_device_train_batch_size=7)
+    plain.train()
+    assert smaller._train_batch_size == 7
+    assert same(weights(smaller.model), weights(plain.model))
+    assert lines(smaller) == lines(plain)

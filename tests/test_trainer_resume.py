@@ -107,7 +107,7 @@ def test_partners_after_a_resume_are_those_of_the_run_that_was_stopped(tmp_path,
     assert through[0]["retain"] != through[4]["retain"]  # another epoch, other partners
 
 
-def stacked(folder=None):
+def stacked():
     """Two adapters; the second one is active and trains."""
     model = adapted()
     model.add_adapter("second", LORA)
@@ -116,7 +116,7 @@ def stacked(folder=None):
 
 
 def test_with_several_adapters_the_active_one_alone_is_trained_saved_and_resumed(tmp_path):
-    """Traps 7 and 12. The stock trainer's resume is shown beside it, for what it does to the flags."""
+    """Traps 7 and 12: the stock trainer would save and load every adapter, and the teacher's copy with them."""
     options = {**COMMON, "retain": "kl"}
     start = stacked()
     first = {name: p for name, p in weights(start).items() if ".default." in name}
