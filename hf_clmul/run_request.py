@@ -141,7 +141,10 @@ def _train(run: Run, step: Step) -> dict[str, Any]:
                 f"request {step.name}: {error}\nWith changed settings the same command starts this request anew and keeps "
                 f"the finished ones. The run folder: {run.folder.root}"
             ) from error
-        except (ValueError, ImportError) as error:  # found only at the start, such as a scheduler's arguments
+        except (
+            ValueError,
+            ImportError,
+        ) as error:  # of what Trainer finds only when it starts, such as a scheduler's arguments
             raise RecipeError(f"request {step.name}, training: {error}") from error
         finally:
             shown.close()
@@ -162,9 +165,8 @@ def _arguments(run: Run, step: Step) -> ClmulConfig:
     own = {
         "seed": derived_seed(recipe.seed, step.name),
         "use_cpu": run.state.device.type == "cpu",
-        # Trainer writes its own, false, into the model's config, and so into what is exported.
         "use_cache": run.model.config.to_dict().get("use_cache", False),
-    }
+    }  # else it would be exported as false
     try:
         return ClmulConfig(
             **{**DEFAULTS, **own, **recipe.request_training(step.index)},

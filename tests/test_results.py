@@ -26,9 +26,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     Path("r.yaml").write_text("recipe_version: 1\nname: x\nmodel: {path: some/model}\ndata: {p: {path: builtin:invented_people}}\n"
                               "requests: [{learn: {task: p, data: p}}]\nevaluation: {reference: ref.json}\n")  # fmt: skip
     Path("ref.json").write_text(
-        json.dumps(
-            {"groups": {"forget": {"fluency": {"mean": 0.9, "std": 0.1}}}, "source": "docs/results.md", "more": 1}
-        )
+        json.dumps({"groups": {"forget": {"fluency": {"mean": 0.9, "std": 0.1}}}, "source": "docs/results.md", "more": 1})
     )
     return load_recipe("r.yaml")
 
@@ -80,10 +78,7 @@ def test_the_hardware_is_this_machine():
 
 
 def test_the_reference_is_the_recorded_one(recipe):
-    assert reference_of(recipe) == {
-        "groups": {"forget": {"fluency": {"mean": 0.9, "std": 0.1}}},
-        "source": "docs/results.md",
-    }
+    assert reference_of(recipe) == {"groups": {"forget": {"fluency": {"mean": 0.9, "std": 0.1}}}, "source": "docs/results.md"}
     assert (
         reference_of(recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"reference": None})}))
         is None
