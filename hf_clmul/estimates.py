@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_clmul.data.sources import encode_dataset
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
 from hf_clmul.objectives.active import active_terms
@@ -47,8 +48,12 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
 def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    # For each trained weight: its gradient, two AdamW moments, a snapshot for each further role, and the teacher's copy.
-    snapshots = len(step.roles) - 1 if recipe.unlearning.conflict != "sum" else 0
+    # For each trained weight: its gradient, two AdamW moments, a snapshot for each further role, the state of
+    # the conflict rule, and the teacher's copy.
+    rule = CONFLICT_RULES[rule_name(recipe.unlearning.conflict)]
+    snapshots = 0
+    if rule.needs and len(step.roles) > 1:
+        snapshots = len(step.roles) - 1 + ("state" in rule.needs)
     copies = 3 + snapshots + _teacher_is_a_copy(recipe, step)
     return {
         "trainable_parameters": sum(p.numel() for p in trained),

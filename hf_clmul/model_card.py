@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_clmul.gradients.conflict import CONFLICT_RULES
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.objectives import TERMS
 from hf_clmul.report_tables import DASH, group_tables, has_unlearned
 from hf_clmul.report_words import checks, request_name, summary
@@ -69,7 +69,7 @@ def citations(recipe: Mapping[str, Any]) -> list[Citation]:
     rules = []
     if "unlearn" in kinds:
         terms += [*unlearning["forget"], *unlearning["retain"]]
-        rules = [unlearning["conflict"]]
+        rules = [rule_name(unlearning["conflict"])]
     used: list[Citation] = [_LORA] if recipe["adapter"] is not None else []
     used += [(name, TERMS[name].summary, TERMS[name].paper) for name in dict.fromkeys(terms)]
     used += [(name, CONFLICT_RULES[name].summary, CONFLICT_RULES[name].paper) for name in rules]

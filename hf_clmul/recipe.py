@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from hf_clmul.recipe_checks import TERM_TABLES, check_recipe
+from hf_clmul.recipe_checks import RULE, TERM_TABLES, check_recipe
 from hf_clmul.recipe_problems import Key, Place, Problems, dotted, shown
 from hf_clmul.recipe_schema import Data, Learn, Recipe, Unlearn, validated
 from hf_clmul.recipe_schema_json import recipe_schema
@@ -122,13 +122,14 @@ def _merged(source: Source, problems: Problems) -> Tree | None:
 def _overlay(base: Tree, top: Tree, key: Key = ()) -> None:
     """Writes `top` over `base`: sections key by key, values and lists whole.
 
-    Tables of terms are replaced whole too: naming `forget: simnpo` chooses it instead of the base's term, not
-    beside it.
+    Tables of terms and the conflict rule are replaced whole too: naming `forget: simnpo` chooses it instead
+    of the base's term, not beside it.
     """
     base.places[key] = top.place(*key)
     for name, value in top.section(*key).items():
         child = (*key, name)
-        if isinstance(value, dict) and isinstance(base.get(*child), dict) and child not in TERM_TABLES:
+        whole = child in TERM_TABLES or child == RULE
+        if isinstance(value, dict) and isinstance(base.get(*child), dict) and not whole:
             _overlay(base, top, child)
         else:
             base.put(child, top.branch(*child))
@@ -167,7 +168,11 @@ def _override(tree: Tree, override: str, problems: Problems) -> None:
 
 
 def _expand_terms(tree: Tree) -> None:
-    """`forget: npo` stands for `forget: {npo: {}}`, and `npo:` with nothing behind it for `npo: {}`."""
+    """`forget: npo` stands for `forget: {npo: {}}`, and `npo:` with nothing behind it for `npo: {}`. The
+    conflict rule becomes a name where it has no parameters."""
+    for name, parameters in tree.section(*RULE).items():
+        if parameters in (None, {}) and len(tree.section(*RULE)) == 1:
+            tree.put(RULE, Tree(name, {(): tree.place(*RULE, name)}))
     for table in TERM_TABLES:
         terms: Any = tree.get(*table, default={})
         place = tree.place(*table)

@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hf_clmul.evaluation import SUITES
-from hf_clmul.gradients.conflict import CONFLICT_RULES
+from hf_clmul.gradients.active import parameter_problem
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.recipe_problems import Key, Problems, explained, one_of, shown, suggestion
@@ -21,6 +22,7 @@ TERM_TABLES: dict[Key, str] = {  # where terms are named, and the role they play
     ("unlearning", "forget"): "forget",
     ("unlearning", "retain"): "retain",
 }
+RULE: Key = ("unlearning", "conflict")
 BUILTIN_SPLITS = ("train", "held_out")
 
 
@@ -29,7 +31,7 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     them."""
     _check_name(tree, ("family",), FAMILIES, "family", problems)
     _check_name(tree, ("teacher",), TEACHERS, "teacher", problems)
-    _check_name(tree, ("unlearning", "conflict"), CONFLICT_RULES, "conflict rule", problems)
+    _check_rule(tree, problems)
     suites = tree.get("evaluation", "suites")
     for i in range(len(suites) if isinstance(suites, list) else 0):
         _check_name(tree, ("evaluation", "suites", i), SUITES, "suite", problems)
@@ -48,6 +50,30 @@ def _check_name(tree: Tree, key: Key, valid: Iterable[str], kind: str, problems:
     name = tree.get(*key)
     if isinstance(name, str) and name not in valid:
         problems.at(tree, key, f"unknown {kind}", one_of(valid), f"'{name}'", suggestion(name, valid))
+
+
+def _check_rule(tree: Tree, problems: Problems) -> None:
+    _check_name(tree, RULE, CONFLICT_RULES, "conflict rule", problems)
+    given = tree.section(*RULE)
+    if tree.get(*RULE) == {} or len(given) > 1:
+        found = ", ".join(map(str, given))
+        problems.at(tree, RULE, "must name one rule", one_of(CONFLICT_RULES), f"'{found}'" if found else "")
+        return
+    for name, parameters in given.items():
+        if name not in CONFLICT_RULES:
+            hint = suggestion(name, CONFLICT_RULES)
+            expected = one_of(CONFLICT_RULES)
+            problems.at(tree, (*RULE, name), "unknown conflict rule", expected, f"'{name}'", hint)
+            continue
+        known = rule_parameters(name)
+        for parameter, value in (parameters if isinstance(parameters, dict) else {}).items():
+            key = (*RULE, name, parameter)
+            if parameter not in known:
+                expected = one_of(known) if known else "none"
+                hint = suggestion(parameter, known)
+                problems.at(tree, key, "unknown parameter", expected, f"'{parameter}'", hint)
+            elif problem := parameter_problem(name, parameter, value):
+                problems.at(tree, key, **problem)
 
 
 def _check_model(tree: Tree, problems: Problems) -> None:

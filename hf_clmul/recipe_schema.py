@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
+from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.recipe_problems import Key, Problems, explained, nearest, one_of, suggestion
 from hf_clmul.recipe_yaml import Tree
 from hf_clmul.training_fields import ADDED, FIELDS
@@ -38,6 +39,11 @@ class Expected:
 Where = dict[str, Annotated[Scalar | list[Scalar], Expected("a value or a list of values")]]
 TrainingFields = Annotated[dict[str, Any], Field(description="fields of transformers.TrainingArguments")]
 Terms = dict[str, Annotated[dict[str, Any], Expected("the term's parameters, such as {weight: 1.0}")]]
+
+Rule = Annotated[
+    str | dict[str, dict[str, Any]],
+    Expected("a conflict rule, or {rule: {parameter: value}}, such as {agem: {margin: 0.1}}"),
+]
 
 
 class Section(BaseModel):
@@ -124,7 +130,7 @@ class Unlearning(Section):
 
     forget: Terms = {"npo": {}}
     retain: Terms = {"kl": {}}
-    conflict: str = Field("pcgrad_retain_first", description="how the roles' gradients become one update")
+    conflict: Rule = Field(DEFAULT_RULE, description="how the roles' gradients become one update")
     training: TrainingFields = {}
 
 

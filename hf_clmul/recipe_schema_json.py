@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from hf_clmul.evaluation import SUITES
-from hf_clmul.gradients.conflict import CONFLICT_RULES
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.recipe_schema import Recipe, Weight
@@ -27,7 +27,7 @@ def recipe_schema() -> dict[str, Any]:
     sections["Learning"]["properties"]["learn"] = _terms("learn")
     sections["Unlearning"]["properties"]["forget"] = _terms("forget")
     sections["Unlearning"]["properties"]["retain"] = _terms("retain")
-    sections["Unlearning"]["properties"]["conflict"]["enum"] = list(CONFLICT_RULES)
+    sections["Unlearning"]["properties"]["conflict"] |= _rules()
     sections["Evaluation"]["properties"]["suites"]["items"]["enum"] = list(SUITES)
     schema["properties"]["family"]["enum"] = list(FAMILIES)
     schema["properties"]["teacher"]["enum"] = list(TEACHERS)
@@ -47,6 +47,16 @@ def _training() -> dict[str, Any]:
     }
 
 
+def _rules() -> dict[str, Any]:
+    """The name of a conflict rule, or the rule with its parameters."""
+    properties = {
+        name: {**_values(rule_parameters(name)), "description": rule.summary} for name, rule in CONFLICT_RULES.items()
+    }
+    one = {"additionalProperties": False, "minProperties": 1, "maxProperties": 1}
+    table = {"type": "object", "properties": properties, **one}
+    return {"anyOf": [{"type": "string", "enum": list(CONFLICT_RULES)}, table]}
+
+
 def _terms(role: str) -> dict[str, Any]:
     """A table of terms, or the name of one."""
     terms = {name: term for name, term in TERMS.items() if role in term.roles}
@@ -59,7 +69,12 @@ def _terms(role: str) -> dict[str, Any]:
 
 
 def _parameters(term: str) -> dict[str, Any]:
-    properties = {"weight": {**TypeAdapter(Weight).json_schema(), "default": 1.0}}
-    for name, (annotation, default) in term_parameters(term).items():
-        properties[name] = {**TypeAdapter(annotation).json_schema(), "default": default}
+    return _values({"weight": (Weight, 1.0), **term_parameters(term)})
+
+
+def _values(parameters: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+    properties = {
+        name: {**TypeAdapter(annotation).json_schema(), "default": default}
+        for name, (annotation, default) in parameters.items()
+    }
     return {"type": ["object", "null"], "properties": properties, "additionalProperties": False}

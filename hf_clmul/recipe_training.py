@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.recipe_problems import Key, Problems, one_of, quoting_hint, shown, suggestion
 from hf_clmul.recipe_yaml import Tree
 from hf_clmul.training_fields import ADDED, FIELDS, OURS, REMOVED, TRANSFORMERS_VERSION
@@ -172,7 +173,8 @@ def _check_together(tree: Tree, i: int, kind: str, problems: Problems) -> None:
     if optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"):
         what = f"'{optimizer}' updates the weights during the backward pass and leaves no gradient to combine"
         report("optim", what, "choose another optimizer, such as adamw_torch")
-    rule = tree.get("unlearning", "conflict", default="pcgrad_retain_first")
+    rule = tree.get("unlearning", "conflict", default=DEFAULT_RULE)
+    rule = next(iter(rule), "") if isinstance(rule, dict) else rule
     if kind == "unlearn" and value.get("deepspeed") is not None and rule != "sum":
         what = f"the conflict rule '{rule}' needs whole gradients, which DeepSpeed does not give"
         report("deepspeed", what, "use FSDP, or `unlearning.conflict: sum`")

@@ -1,11 +1,11 @@
 """What the trainer cannot honour, refused before training with the reason and the remedy. It trains nothing."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftModel
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from hf_clmul.gradients.active import ActiveRule
 from hf_clmul.models import adapters
 
 if TYPE_CHECKING:
@@ -14,20 +14,23 @@ if TYPE_CHECKING:
 INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
 
-def refuse(args: "ClmulConfig", model: Any, peft_config: Any, rule: Callable | None, given: dict[str, Any]) -> None:
-    """Raises ValueError, one line for each thing that cannot be honoured. `rule` is None where gradients are only summed;
-    `given` holds the arguments of `Trainer` that `ClmulTrainer` does not name."""
+def refuse(args: "ClmulConfig", model: Any, peft_config: Any, rule: ActiveRule, given: dict[str, Any]) -> None:
+    """Raises ValueError, one line for each thing that cannot be honoured. `given` holds the arguments of
+    `Trainer` that `ClmulTrainer` does not name."""
     problems = [*_of_arguments(args, rule), *_of_trainer(given), *_of_model(model, peft_config)]
     if problems:
         raise ValueError("ClmulTrainer cannot do what was asked:\n" + "\n".join(f"- {text}" for text in problems))
 
 
-def _of_arguments(args: "ClmulConfig", rule: Callable | None) -> list[str]:
+def _of_arguments(args: "ClmulConfig", rule: ActiveRule) -> list[str]:
     optimizer = OptimizerNames(args.optim)
     reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
     return [text for wrong, text in (
-        (args.deepspeed is not None and rule is not None,
+        (args.deepspeed is not None and rule.function is not None,
          "a conflict rule needs each role's gradient, which DeepSpeed does not hand out: use conflict='sum', or FSDP2."),
+        (bool(args.fsdp) and "gradients" in rule.needs,
+         f"conflict={rule.name!r} works on whole gradients, and FSDP leaves each rank a part: use DDP, or a "
+         "rule that needs inner products only, such as 'pcgrad_retain_first' or 'agem'."),
         (optimizer in INSIDE_BACKWARD or "layerwise" in optimizer.value,
          f"optim={optimizer.value!r} updates weights inside the backward pass, before gradients can be combined: "
          "use 'adamw_torch' or another ordinary optimizer."),

@@ -18,8 +18,17 @@ from hf_clmul.data.encoding import encode_answer
 from hf_clmul.data.roles import EpochSampler, RoleDataset, derived_seed
 from hf_clmul.data.sources import encode_dataset, refusals
 from hf_clmul.errors import RunError
-from hf_clmul.gradients.conflict import CONFLICT_RULES
-from hf_clmul.gradients.window import GradientWindow, agreed, gram_matrix, is_finite, statistics
+from hf_clmul.gradients.active import active_rule
+from hf_clmul.gradients.window import (
+    GradientWindow,
+    agreed,
+    gram_matrix,
+    is_finite,
+    load_gradient,
+    save_gradient,
+    scale,
+    statistics,
+)
 from hf_clmul.models import adapters, causal_lm, hidden
 from hf_clmul.models.teachers import BeforeRequest, uniform
 from hf_clmul.objectives import FORGET, LEARN, ROLES
@@ -29,6 +38,8 @@ from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
 
 Batch = dict[str, Any]
+RULE_STATE = "conflict_state.safetensors"
+"""In a checkpoint: the gradient that a stateful conflict rule keeps from window to window."""
 
 
 class ClmulTrainer(Trainer):
@@ -63,14 +74,9 @@ class ClmulTrainer(Trainer):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
         self.terms = self._terms(args, train_dataset)
-        self.rule = CONFLICT_RULES[args.conflict].function if conflict_rule is None else conflict_rule
-        refuse(
-            args,
-            model,
-            peft_config,
-            self.rule if len(self.terms) > 1 else None,
-            {**kwargs, "data_collator": data_collator},
-        )
+        # One role has nothing to be in conflict with.
+        self.rule = active_rule((conflict_rule or args.conflict) if len(self.terms) > 1 else "sum")
+        refuse(args, model, peft_config, self.rule, {**kwargs, "data_collator": data_collator})
         if peft_config is not None:
             model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
         if args.activation_checkpointing and isinstance(model, PeftModel):
@@ -187,7 +193,7 @@ class ClmulTrainer(Trainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers have two modes
         inputs = self._prepare_inputs(inputs)
-        if self.rule is None or len(self.terms) == 1:
+        if self.rule.function is None:
             loss = self._accumulate(model, inputs, num_items_in_batch)
         else:
             self._pending.append(inputs)
@@ -211,9 +217,8 @@ class ClmulTrainer(Trainer):
     def _resolve(self, model: nn.Module, batches: list[Batch], counts: dict) -> Tensor:
         """The whole window, one role after the other; then the conflict rule; one gradient is left in `.grad`."""
         if self._window is None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             views = self.accelerator.ddp_handler is not None and self.accelerator.ddp_handler.gradient_as_bucket_view
-            self._window = GradientWindow(parameters, clone=views)
+            self._window = GradientWindow(self._trained(), clone=views)
         total = torch.zeros((), device=self.args.device)
         gradients = []
         for role in self.terms:
@@ -222,24 +227,26 @@ class ClmulTrainer(Trainer):
                     total += self._backward(model, role, batch[role], counts)
             total += self._backward(model, role, batches[-1][role], counts)
             gradients.append(self._window.take())
-        gram = gram_matrix(gradients, self._loss_scale())
+        loss_scale = self._loss_scale()
+        gram = gram_matrix(gradients, loss_scale)
         if not is_finite(gram):  # the plain sum, so that a loss scaler sees the overflow and skips the step
             self._window.combine(gradients, [1.0] * len(gram))
             return total
-        weights = agreed(self._weights(gram), self.args.device)
-        self._window.combine(gradients, weights)
-        chosen = {f"weight/{role}": w for role, w in zip(self.terms, weights, strict=True)}
+        chosen = {}
+        if "gradients" in self.rule.needs:
+            scale(gradients, 1 / loss_scale)
+            update = self.rule.combined(gradients, gram)
+            scale([update], loss_scale)
+            self._window.put(update)
+        else:
+            weights = agreed(self.rule.weights(gram), self.args.device)
+            self._window.combine(gradients, weights)
+            chosen = {f"weight/{role}": w for role, w in zip(self.terms, weights, strict=True)}
         self._log.add_statistics({**statistics(gram, list(self.terms)), **chosen})
         return total
 
-    def _weights(self, gram: list[list[float]]) -> list[float]:
-        weights = [float(w) for w in self.rule(gram)]
-        if len(weights) != len(gram):
-            raise ValueError(
-                f"the conflict rule returned {len(weights)} weights for {len(gram)} roles "
-                f"({', '.join(self.terms)}): it must return one weight for each row of the Gram matrix."
-            )
-        return weights
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _backward(self, model: nn.Module, role: str, batch: Batch, counts: dict) -> Tensor:
         loss = self._role_loss(model, role, batch, counts[role])
@@ -303,6 +310,7 @@ class ClmulTrainer(Trainer):
             )
         self.teacher = BeforeRequest(self.accelerator.unwrap_model(self.model)) if wanted else None
         self._window = None
+        self.rule.state = None
         self._log = WindowLog(self.accelerator)
         try:
             return super().train(resume_from_checkpoint, **kwargs)
@@ -340,7 +348,17 @@ class ClmulTrainer(Trainer):
         for batch in [inputs] if "input_ids" in inputs else inputs.values():
             super()._track_num_input_tokens(batch)
 
-    # ---- checkpoints: exactly the adapter that trains ------------------------------------------------------------
+    # ---- checkpoints: the adapter that trains, and the rule's state ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and self.rule.state is not None:
+            save_gradient(self.rule.state, Path(output_dir) / RULE_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and "state" in self.rule.needs:
+            self.rule.state = load_gradient(Path(checkpoint) / RULE_STATE, self._trained())
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_clmul.gradients.conflict import CONFLICT_RULES
+from hf_clmul.gradients.active import active_rule
+from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.models import TEACHERS
 
 ROLE_TERMS = "terms of the {} role: {{name: {{parameter: value, 'weight': 1.0}}}}. Default: {}."
@@ -22,15 +23,16 @@ class ClmulConfig(TrainingArguments):
     examples of each role. Terms are those of `hf-clmul ls`.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "learn", "forget", "retain", "memory"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS, "learn", "forget", "retain", "memory", "conflict",
+    ]  # fmt: skip
 
     learn: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("learn", "nll")})
     forget: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("forget", "npo")})
     retain: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("retain", "kl")})
     memory: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("memory", "nll")})
-    conflict: str = field(
-        default="pcgrad_retain_first", metadata={"help": "How the roles' gradients become one update."}
-    )
+    conflict: dict[str, Any] | str | None = field(default=DEFAULT_RULE, metadata={
+        "help": "How the roles' gradients become one update: a rule, or {rule: {parameter: value}}."})  # fmt: skip
     teacher: str = field(default="before_request", metadata={"help": "Where targets come from."})
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of an example; null keeps all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: it would hide a collapse."})
@@ -39,7 +41,7 @@ class ClmulConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _known("conflict", self.conflict, CONFLICT_RULES)
+        active_rule(self.conflict)
         _known("teacher", self.teacher, TEACHERS)
         if self.logging_nan_inf_filter or self.remove_unused_columns:
             raise ValueError(

@@ -160,6 +160,29 @@ def test_extends_that_cannot_be_followed(text, line):
     assert problems(text) == [line]
 
 
+def test_a_conflict_rule_is_a_name_or_one_rule_with_parameters():
+    def conflict(text, *overrides):
+        return load_recipe(write(changed("unlearning:\n", f"unlearning:\n  conflict: {text}\n")), overrides)
+
+    assert conflict("agem").unlearning.conflict == "agem"
+    for empty in ("{agem: {}}", "{agem: }"):
+        assert conflict(empty).unlearning.conflict == "agem"
+    recipe = conflict("{agem: {margin: 0.1}}")
+    assert recipe.unlearning.conflict == {"agem": {"margin": 0.1}}
+    write(dump_recipe(recipe), "again.yaml")
+    assert load_recipe("again.yaml").unlearning == recipe.unlearning
+    changed_by = "unlearning.conflict.agem.margin=1"
+    assert conflict("{agem: {margin: 0.1}}", changed_by).unlearning.conflict == {"agem": {"margin": 1}}
+    assert conflict("mgda", "unlearning.conflict={cagrad: {c: 0.4}}").unlearning.conflict == {"cagrad": {"c": 0.4}}
+
+
+def test_a_conflict_rule_replaces_that_of_the_base():
+    write(changed("unlearning:\n", "unlearning:\n  conflict: {agem: {margin: 0.1}}\n"), "base.yaml")
+    for ours, expected in (("{gru: {gamma: 1}}", {"gru": {"gamma": 1}}), ("mgda", "mgda")):
+        write(f"extends: base.yaml\nunlearning:\n  conflict: {ours}\n", "child.yaml")
+        assert load_recipe("child.yaml").unlearning.conflict == expected
+
+
 def test_json_schema_accepts_recipes_and_refuses_mistakes():
     schema = recipe_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -170,6 +193,9 @@ def test_json_schema_accepts_recipes_and_refuses_mistakes():
         changed("{npo: {beta: 0.2}}", "npo"),
         dump_recipe(load_recipe(write(RECIPE))),
         "extends: a.yaml\n",
+        changed("unlearning:\n", "unlearning:\n  conflict: agem\n"),
+        changed("unlearning:\n", "unlearning:\n  conflict: {agem: {margin: 0.1}}\n"),
+        changed("unlearning:\n", "unlearning:\n  conflict: {gru: {gamma: 0.5, cos_clip: -0.5}}\n"),
     ):
         validator.validate(read(text))
     for old, new in (
@@ -179,6 +205,10 @@ def test_json_schema_accepts_recipes_and_refuses_mistakes():
         ("max_steps: 5", "max_steps: x"),
         ("- unlearn: {name", "- unlern: {name"),
         ("name: small\n", ""),
+        ("unlearning:\n", "unlearning:\n  conflict: agen\n"),
+        ("unlearning:\n", "unlearning:\n  conflict: {agem: {margin: -1}}\n"),
+        ("unlearning:\n", "unlearning:\n  conflict: {agem: {magin: 1}}\n"),
+        ("unlearning:\n", "unlearning:\n  conflict: {agem: {}, mgda: {}}\n"),
     ):
         with pytest.raises(jsonschema.ValidationError):
             validator.validate(read(changed(old, new)))

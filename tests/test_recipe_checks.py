@@ -107,6 +107,29 @@ MISTAKES = {
     "unknown rule": ("unlearning:\n", "unlearning:\n  conflict: pcgard\n",
         "r.yaml:14: unlearning.conflict: unknown conflict rule; expected <rules>; found 'pcgard'; "
         "did you mean 'pcgrad'?"),
+    "unknown rule with parameters": ("unlearning:\n", "unlearning:\n  conflict: {agen: {margin: 0.1}}\n",
+        "r.yaml:14: unlearning.conflict.agen: unknown conflict rule; expected <rules>; found 'agen'; "
+        "did you mean 'agem'?"),
+    "unknown rule parameter": ("unlearning:\n", "unlearning:\n  conflict: {agem: {magin: 0.1}}\n",
+        "r.yaml:14: unlearning.conflict.agem.magin: unknown parameter; expected margin; found 'magin'; "
+        "did you mean 'margin'?"),
+    "parameter of a rule without": ("unlearning:\n", "unlearning:\n  conflict: {mgda: {c: 0.1}}\n",
+        "r.yaml:14: unlearning.conflict.mgda.c: unknown parameter; expected none; found 'c'"),
+    "rule parameter out of bounds": ("unlearning:\n", "unlearning:\n  conflict: {cagrad: {c: 1}}\n",
+        "r.yaml:14: unlearning.conflict.cagrad.c: expected a number below 1; found 1"),
+    "rule parameter of the wrong kind": ("unlearning:\n", "unlearning:\n  conflict: {gru: {cos_clip: '-0.5'}}\n",
+        "r.yaml:14: unlearning.conflict.gru.cos_clip: expected a number; found the text '-0.5'; remove the "
+        "quotes"),
+    "rule parameter with names": ("unlearning:\n", "unlearning:\n  conflict: {bisector: {length: nahs}}\n",
+        "r.yaml:14: unlearning.conflict.bisector.length: expected one of imtl, nash, unit; found the text "
+        "'nahs'; did you mean 'nash'?"),
+    "two rules": ("unlearning:\n", "unlearning:\n  conflict: {agem: {}, mgda: {}}\n",
+        "r.yaml:14: unlearning.conflict: must name one rule; expected <rules>; found 'agem, mgda'"),
+    "no rule": ("unlearning:\n", "unlearning:\n  conflict: {}\n",
+        "r.yaml:14: unlearning.conflict: must name one rule; expected <rules>"),
+    "rule of the wrong kind": ("unlearning:\n", "unlearning:\n  conflict: 3\n",
+        "r.yaml:14: unlearning.conflict: expected a conflict rule, or {rule: {parameter: value}}, such as "
+        "{agem: {margin: 0.1}}; found 3"),
     "unknown teacher": ("name: small\n", "name: small\nteacher: before\n",
         "r.yaml:3: teacher: unknown teacher; expected <teachers>; found 'before'; did you mean "
         "'before_request'?"),

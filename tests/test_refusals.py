@@ -1,5 +1,6 @@
 """What the trainer and its arguments refuse: each message says what is wrong and what to do instead."""
 
+import dataclasses
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
 
@@ -94,6 +96,16 @@ def test_deepspeed_can_only_add_gradients_up(tmp_path):
     )  # one role: no rule at work
     args.conflict = "sum"
     ClmulTrainer(llama(), args, None, two_roles(), processing_class=TOKENIZER)
+
+
+@pytest.mark.parametrize("rule", ["sago", "pcgrad_per_layer", "gru"])
+def test_rules_on_whole_gradients_need_whole_gradients(tmp_path, rule):
+    args = ClmulConfig(str(tmp_path), **QUIET, conflict=rule)
+    args.fsdp = True
+    with pytest.raises(
+        ValueError, match=f"conflict='{rule}' works on whole gradients, and FSDP leaves.*use DDP, or a rule"
+    ):
+        ClmulTrainer(llama(), args, None, two_roles(), processing_class=TOKENIZER)
 
 
 def stacked():
@@ -208,7 +220,17 @@ def test_plain_training_arguments_are_answered_with_the_right_class(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"conflict": "pcgrads"}, "conflict='pcgrads' is not known; there are sum, pcgrad, pcgrad_retain_first. Did you mean 'pcgrad'?"),
+    ({"conflict": "pcgrads"}, f"conflict='pcgrads' is not known; there are {', '.join(CONFLICT_RULES)}. Did you mean 'pcgrad'?"),
+    ({"conflict": {"agen": {}}}, "conflict='agen' is not known; there are sum, .* Did you mean 'agem'?"),
+    ({"conflict": {"agem": {"magin": 1}}}, "conflict agem: unknown parameter 'magin'; there are margin. Did you mean 'margin'?"),
+    ({"conflict": {"mgda": {"c": 1}}}, "conflict mgda: unknown parameter 'c'; the rule has none."),
+    ({"conflict": {"agem": {"margin": -1}}}, "conflict agem: margin: expected a number of at least 0, found -1."),
+    ({"conflict": {"gru": {"gamma": "0.8"}}}, "conflict gru: gamma: expected a number, found the text '0.8'."),
+    ({"conflict": {"gru": {"cos_clip": 0.5}}}, "conflict gru: cos_clip: expected a number below 0, found 0.5."),
+    ({"conflict": {"bisector": {"length": "nahs"}}}, "expected one of imtl, nash, unit, found the text 'nahs'."),
+    ({"conflict": {"agem": {}, "mgda": {}}}, "is not one rule: give a name, or {name: {parameter: value}}"),
+    ({"conflict": {}}, "conflict={} is not one rule"),
+    ({"conflict": ["agem"]}, "is not one rule"),
     ({"teacher": "after"}, "teacher='after' is not known; there are before_request."),
     ({"logging_nan_inf_filter": True}, "must stay off in ClmulConfig.*hides a collapse.*Remove them"),
     ({"remove_unused_columns": True}, "must stay off in ClmulConfig.*drops the roles' columns. Remove them"),
@@ -218,7 +240,28 @@ def test_configuration(tmp_path, options, message):
         ClmulConfig(str(tmp_path), **options)
 
 
-def test_configuration_survives_json_pickle_and_the_command_line(tmp_path):
+@pytest.fixture
+def parser():
+    """The parser writes other types into the fields of the class, which other tests look at."""
+    types = [(field, field.type) for field in dataclasses.fields(ClmulConfig)]
+    yield HfArgumentParser(ClmulConfig)
+    for field, before in types:
+        field.type = before
+
+
+def test_a_rule_with_parameters_survives_json_and_the_command_line(tmp_path, parser):
+    rule = {"agem": {"margin": 0.5}}
+    config = ClmulConfig(str(tmp_path), **QUIET, conflict=rule)
+    assert json.loads(config.to_json_string())["conflict"] == rule
+    line = ["--output_dir", str(tmp_path), "--conflict", json.dumps(rule)]
+    (parsed,) = parser.parse_args_into_dataclasses(line)
+    assert parsed.conflict == rule
+    trainer = make(llama(), two_roles(), tmp_path, conflict=rule)
+    # b < 0: 0.5 - b / c
+    assert trainer.rule.weights([[4.0, -2.0], [-2.0, 2.0]]) == pytest.approx([1.0, 1.5])
+
+
+def test_configuration_survives_json_pickle_and_the_command_line(tmp_path, parser):
     options = {"forget": {"npo": {"beta": 0.2, "weight": 2.0}}, "retain": "kl", "conflict": "sum", "max_length": 64}
     config = ClmulConfig(str(tmp_path), **QUIET, **options)
     read = json.loads(config.to_json_string())
@@ -227,7 +270,6 @@ def test_configuration_survives_json_pickle_and_the_command_line(tmp_path):
     torch.save(config, tmp_path / "training_args.bin")
     assert torch.load(tmp_path / "training_args.bin", weights_only=False).forget == options["forget"]
 
-    parser = HfArgumentParser(ClmulConfig)
     shown = parser.format_help()  # a single % in a help string would raise
     assert "terms of the forget role: {name: {parameter: value, 'weight': 1.0}}. Default: npo." in " ".join(
         shown.split()

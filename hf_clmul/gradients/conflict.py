@@ -1,64 +1,76 @@
-"""Conflict rules: pure functions of the Gram matrix of the roles' gradients. No torch, no model, no state.
+"""The table of conflict rules: what each needs and where it comes from. No torch, no model, no state.
 
-Row and column 0 belong to the role that the request is about (`learn` or `forget`); the others are to be kept.
+Row and column 0 of a Gram matrix belong to the role that the request is about (`learn` or `forget`); the
+others are to be kept. Values must be finite: where they are not, the trainer adds the gradients up.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-Gram = Sequence[Sequence[float]]
+from hf_clmul.gradients.balance import aligned_mtl, bisector, cagrad, mgda
+from hf_clmul.gradients.elementwise import gru, pcgrad_per_layer, sago
+from hf_clmul.gradients.projection import agem, blur, pcgrad, pcgrad_retain_first, upgrad
 
-NOISE = 2.0**-46
-"""A squared norm below this part of another's is float32 rounding: such a gradient has no direction to conflict with.
-(A KL to the model itself has a gradient like that, at the first step of a request.)"""
+DEFAULT_RULE = "pcgrad_retain_first"
 
 
 @dataclass(frozen=True)
 class ConflictRule:
-    """A rule's function maps a Gram matrix [m, m] to weights [m]; None means that gradients are simply added up."""
+    """One named rule.
 
-    function: Callable[[Gram], list[float]] | None
+    `needs` names what its function takes: nothing (gradients are simply added up, there is no function),
+    "gram" (a Gram matrix [m, m] -> weights [m]), "gradients" (see `elementwise.py`), "state" (a gradient
+    kept from window to window).
+    """
+
+    function: Callable[..., Any] | None
+    needs: frozenset[str]
     paper: str
     summary: str
 
 
-def _project(gram: Gram, start: int, others: Sequence[int]) -> list[float]:
-    """Coefficients [m] of gradient `start` after taking out, one after the other, its conflict with each of `others`."""
-    coefficients = [0.0] * len(gram)
-    coefficients[start] = 1.0
-    for j in others:
-        dot = sum(c * row[j] for c, row in zip(coefficients, gram, strict=True))
-        small, large = sorted((gram[j][j], gram[start][start]))
-        if dot < 0 and small > NOISE * large:
-            coefficients[j] -= dot / gram[j][j]
-    return coefficients
-
-
-def pcgrad(gram: Gram) -> list[float]:
-    """Every gradient is projected off those it conflicts with, then all are added.
-
-    Yu et al. (arXiv 2001.06782, algorithm 1). For two roles w = (1 - min(b, 0) / a, 1 - min(b, 0) / c); the paper's
-    random order matters from three roles on, and is replaced by the roles' order so that ranks and resumes agree.
-    """
-    m = len(gram)
-    rows = [_project(gram, i, [j for j in range(m) if j != i]) for i in range(m)]
-    return [sum(column) for column in zip(*rows, strict=True)]
-
-
-def pcgrad_retain_first(gram: Gram) -> list[float]:
-    """Only the gradient of role 0 is projected; the kept roles' gradients stay whole. Two roles: w = (1, 1 - min(b, 0) / c).
-
-    The asymmetric form of PCGrad for unlearning (arXiv 2604.14808): to first order, plain gradient descent with this
-    update does not raise the retain loss.
-    """
-    kept = range(1, len(gram))
-    return [w + (i > 0) for i, w in enumerate(_project(gram, 0, kept))]
+def _rule(function: Callable[..., Any] | None, needs: str, paper: str, summary: str) -> ConflictRule:
+    return ConflictRule(function, frozenset(needs.split()), paper, summary)
 
 
 # fmt: off
 CONFLICT_RULES: dict[str, ConflictRule] = {
-    "sum": ConflictRule(None, "-", "adds the gradients up; conflicts are left alone"),
-    "pcgrad": ConflictRule(pcgrad, "arXiv 2001.06782", "each gradient gives up what conflicts with another"),
-    "pcgrad_retain_first": ConflictRule(pcgrad_retain_first, "arXiv 2604.14808", "only the forget gradient gives way"),
+    "sum": _rule(None, "", "-", "adds the gradients up; conflicts are left alone"),
+    "pcgrad": _rule(pcgrad, "gram", "arXiv 2001.06782", "each gradient gives up what conflicts with another"),
+    "pcgrad_retain_first": _rule(
+        pcgrad_retain_first, "gram", "arXiv 2604.14808", "only the forget gradient gives way"),
+    "pcgrad_per_layer": _rule(
+        pcgrad_per_layer, "gradients", "arXiv 2604.14808", "the same within each parameter tensor by itself"),
+    "agem": _rule(
+        agem, "gram", "arXiv 1812.00420", "the forget gradient alone, kept from raising the retain loss"),
+    "gru": _rule(
+        gru, "gradients state", "arXiv 2503.09117", "as agem, against an average of past retain gradients"),
+    "sago": _rule(
+        sago, "gradients", "arXiv 2604.14808", "the retain gradient wherever the signs are opposed"),
+    "blur": _rule(blur, "gram", "arXiv 2506.08164", "retaining moves only at right angles to forgetting"),
+    "upgrad": _rule(
+        upgrad, "gram", "arXiv 2406.16232", "pcgrad that conflicts with no role, however many there are"),
+    "mgda": _rule(
+        mgda, "gram", "arXiv 1810.04650", "the shortest compromise; zero where no step helps all roles"),
+    "cagrad": _rule(
+        cagrad, "gram", "arXiv 2110.14048", "near the mean, the step that is best for the worst role"),
+    "bisector": _rule(
+        bisector, "gram", "arXiv 2202.01017", "halves the angle (IMTL-G, Nash-MTL, MUNBa, NGDiff)"),
+    "aligned_mtl": _rule(
+        aligned_mtl, "gram", "arXiv 2305.19000", "gives the gradients' principal directions one strength"),
 }
 # fmt: on
+
+
+def rule_parameters(name: str) -> dict[str, tuple[Any, Any]]:
+    """The parameters of a rule, {name: (type, default)}, read from its function's keyword-only arguments."""
+    function = CONFLICT_RULES[name].function
+    signature = inspect.signature(function).parameters.values() if function is not None else ()
+    return {p.name: (p.annotation, p.default) for p in signature if p.kind is p.KEYWORD_ONLY}
+
+
+def rule_name(wanted: str | Mapping[str, Any]) -> str:
+    """The name in `agem` or `{agem: {margin: 0.1}}`."""
+    return wanted if isinstance(wanted, str) else next(iter(wanted))

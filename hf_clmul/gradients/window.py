@@ -5,10 +5,14 @@ The only code that knows how gradients are stored (bucket views, loss scale, ran
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hf_clmul.errors import RunError
 
 Gradient = list[Tensor | None]
 """One role's gradient: a tensor, or None where it does not reach a parameter, for each trainable parameter."""
@@ -33,15 +37,33 @@ class GradientWindow:
 
     def combine(self, gradients: Sequence[Gradient], weights: Sequence[float]) -> None:
         """Writes the weighted sum of the roles' gradients into `.grad`, in the storage of the given ones."""
-        for i, p in enumerate(self.parameters):
-            parts = [(g[i], w) for g, w in zip(gradients, weights, strict=True) if g[i] is not None]
-            if not parts:
-                continue
-            total, weight = parts[0]
-            total.mul_(weight)
-            for gradient, weight in parts[1:]:
-                total.add_(gradient, alpha=weight)
-            p.grad = total
+        self.put([weighted_sum(tensors, weights) for tensors in zip(*gradients, strict=True)])
+
+    def put(self, gradient: Gradient) -> None:
+        """Makes a gradient the update, in `.grad`."""
+        for p, tensor in zip(self.parameters, gradient, strict=True):
+            if tensor is not None:
+                p.grad = tensor
+
+
+def weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    """In the storage of the first tensor there is; None if there is none."""
+    parts = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if tensor is not None]
+    if not parts:
+        return None
+    total, weight = parts[0]
+    total.mul_(weight)
+    for tensor, weight in parts[1:]:
+        total.add_(tensor, alpha=weight)
+    return total
+
+
+def scale(gradients: Sequence[Gradient], factor: float) -> None:
+    """Multiplies gradients in place; a power of two, such as a loss scale or its inverse, leaves no
+    rounding."""
+    if factor != 1.0:
+        for tensor in (t for gradient in gradients for t in gradient if t is not None):
+            tensor.mul_(factor)
 
 
 def gram_matrix(gradients: Sequence[Gradient], loss_scale: float = 1.0) -> list[list[float]]:
@@ -61,6 +83,22 @@ def gram_matrix(gradients: Sequence[Gradient], loss_scale: float = 1.0) -> list[
         value = float(torch.stack(parts).double().sum()) / loss_scale**2 if parts else 0.0
         gram[i][j] = gram[j][i] = value
     return gram
+
+
+def save_gradient(gradient: Gradient, file: Path) -> None:
+    """Writes a gradient as safetensors, its tensors named by their place among the trainable parameters."""
+    save_file({str(i): t.contiguous() for i, t in enumerate(gradient) if t is not None}, file)
+
+
+def load_gradient(file: Path, parameters: Sequence[torch.nn.Parameter]) -> Gradient | None:
+    """What `save_gradient` wrote, or None without a file. Raises RunError if it is for other parameters."""
+    if not file.is_file():
+        return None
+    found = load_file(file)
+    shapes = {str(i): p.shape for i, p in enumerate(parameters)}
+    if any(shapes.get(name) != tensor.shape for name, tensor in found.items()):
+        raise RunError(f"{file} is for other parameters: resume with the model and adapter that made it.")
+    return [found[str(i)].to(p.device) if str(i) in found else None for i, p in enumerate(parameters)]
 
 
 def is_finite(gram: Sequence[Sequence[float]]) -> bool:

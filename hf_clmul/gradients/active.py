@@ -1,0 +1,83 @@
+"""The conflict rule of a training run, checked and ready to call, with its state. Knows the table; no
+trainer, no recipe."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name, rule_parameters
+from hf_clmul.recipe_problems import explained, suggestion
+
+if TYPE_CHECKING:
+    from hf_clmul.gradients.window import Gradient
+
+Weigh = Callable[[list[list[float]]], Sequence[float]]
+
+
+class ActiveRule:
+    """A rule with its parameters. `state` is a gradient that a stateful rule keeps from one window to the
+    next, else None."""
+
+    def __init__(self, name: str, function: Callable[..., Any] | None, needs: frozenset[str]) -> None:
+        self.name, self.function, self.needs = name, function, needs
+        self.state: Gradient | None = None
+
+    def weights(self, gram: list[list[float]]) -> list[float]:
+        """One weight for each role. Raises ValueError if a user's own rule returns another number of them."""
+        weights = [float(w) for w in self.function(gram)]
+        if len(weights) != len(gram):
+            raise ValueError(
+                f"the conflict rule returned {len(weights)} weights for {len(gram)} roles: it must "
+                "return one weight for each row of the Gram matrix."
+            )
+        return weights
+
+    def combined(self, gradients: "Sequence[Gradient]", gram: list[list[float]]) -> "Gradient":
+        """The update of a rule that needs the gradients; they may be overwritten."""
+        if "state" not in self.needs:
+            return self.function(gradients, gram)
+        update, self.state = self.function(gradients, gram, self.state)
+        return update
+
+
+def active_rule(wanted: str | Mapping[str, Any] | Weigh) -> ActiveRule:
+    """From a name, {name: {parameter: value}}, or any callable Gram [m][m] -> weights [m].
+
+    Raises ValueError, one line, for an unknown rule or parameter and a value out of its range.
+    """
+    if callable(wanted):
+        return ActiveRule("conflict_rule", wanted, frozenset({"gram"}))
+    if not isinstance(wanted, str) and (not isinstance(wanted, Mapping) or len(wanted) != 1):
+        raise ValueError(f"conflict={wanted!r} is not one rule: give a name, or {{name: {{parameter: value}}}}.")
+    name = rule_name(wanted)
+    if name not in CONFLICT_RULES:
+        raise ValueError(
+            f"conflict={name!r} is not known; there are {', '.join(CONFLICT_RULES)}." + _meant(name, CONFLICT_RULES)
+        )
+    parameters = {} if isinstance(wanted, str) else dict(wanted[name] or {})
+    known = rule_parameters(name)
+    for parameter, value in parameters.items():
+        if parameter not in known:
+            there = f"there are {', '.join(known)}" if known else "the rule has none"
+            raise ValueError(f"conflict {name}: unknown parameter {parameter!r}; {there}.{_meant(parameter, known)}")
+        if problem := parameter_problem(name, parameter, value):
+            raise ValueError(f"conflict {name}: {parameter}: expected {problem['expected']}, found {problem['found']}.")
+    rule = CONFLICT_RULES[name]
+    return ActiveRule(name, partial(rule.function, **parameters) if rule.function is not None else None, rule.needs)
+
+
+def parameter_problem(rule: str, parameter: str, value: Any) -> dict[str, str]:
+    """What was expected and found where a value does not fit its parameter; empty where it does."""
+    try:
+        config = ConfigDict(strict=True, allow_inf_nan=False)
+        TypeAdapter(rule_parameters(rule)[parameter][0], config=config).validate_python(value)
+    except ValidationError as error:
+        return explained(error.errors()[0])
+    return {}
+
+
+def _meant(name: str, valid: Mapping[str, Any]) -> str:
+    hint = suggestion(name, valid)
+    return f" {hint[0].upper()}{hint[1:]}" if hint else ""

@@ -1,0 +1,157 @@
+"""Every conflict rule inside the trainer: the update of a window, the state of a stateful rule, its
+checkpoint."""
+
+import copy
+import math
+
+import pytest
+import torch
+from trainer_bed import (
+    Gradients,
+    Nudge,
+    Stop,
+    adapted,
+    distance,
+    exact,
+    lines,
+    llama,
+    make,
+    nudged,
+    role_gradients,
+    same,
+    two_roles,
+    weights,
+    windows,
+)
+
+from hf_clmul.errors import RunError
+from hf_clmul.gradients.active import active_rule
+from hf_clmul.gradients.conflict import CONFLICT_RULES
+from hf_clmul.gradients.window import load_gradient, save_gradient
+from hf_clmul.trainer import RULE_STATE
+
+WANTED = [
+    *CONFLICT_RULES,
+    {"agem": {"margin": 0.5}},
+    {"bisector": {"length": "imtl"}},
+    {"gru": {"cos_clip": -0.05}},
+]
+TERMS = {"forget": {"npo": {"beta": 0.2}}, "retain": {"nll": {}}}
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_every_rule_makes_the_update(tmp_path, wanted):
+    """The trainer's gradient is the rule's on gradients worked out example by example in float64."""
+    start, saw = llama(), Gradients()
+    before = exact(start)
+    trainer = make(start, two_roles(), tmp_path, [Nudge(), saw], conflict=wanted, **TERMS)
+    student = exact(nudged(trainer.model))
+    trainer.train()
+    by_role, _ = role_gradients(student, before, windows(trainer, 8)[0], TERMS)
+    names = list(by_role["forget"])
+    gradients = [list(gradient.values()) for gradient in by_role.values()]
+    gram = [[sum(float((a * b).sum()) for a, b in zip(f, r, strict=True)) for r in gradients] for f in gradients]
+    rule = active_rule(wanted)
+    if "gradients" in rule.needs:
+        update = rule.combined(gradients, gram)
+    else:
+        chosen = rule.weights(gram) if rule.needs else [1.0, 1.0]
+        update = [sum(w * t for w, t in zip(chosen, parts, strict=True)) for parts in zip(*gradients, strict=True)]
+    assert gram[0][1] < 0
+    # sago: a gradient that rounds to the other sign of zero changes its whole coordinate
+    tolerance = 1e-3 if rule.name == "sago" else 5e-6
+    assert distance(saw.steps[0], dict(zip(names, update, strict=True))) < tolerance
+    logged = lines(trainer)[0]
+    assert ("weight/forget" in logged) == (rule.needs == {"gram"})
+    assert ("cosine/forget/retain" in logged) == (wanted != "sum")
+
+
+@pytest.mark.parametrize("build", [llama, adapted])
+def test_gru_resumes_exactly_with_its_moving_average(tmp_path, build):
+    options = {"conflict": {"gru": {"gamma": 0.3}}, "save_strategy": "steps", "save_steps": 1, "max_steps": 5,
+               "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-3,
+               "forget": "grad_ascent", "retain": "nll"}  # fmt: skip
+    start = build()
+    through = make(copy.deepcopy(start), two_roles(7, 9), tmp_path / "through", **options)
+    through.train()
+    for step in (2, 4):
+        folder = tmp_path / str(step)
+        with pytest.raises(KeyboardInterrupt):
+            make(copy.deepcopy(start), two_roles(7, 9), folder, [Stop(step)], **options).train()
+        resumed = make(copy.deepcopy(start), two_roles(7, 9), folder, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert same(weights(resumed.model), weights(through.model))
+        assert lines(resumed) == lines(through)
+    (folder / "checkpoint-4" / RULE_STATE).unlink()
+    forgetful = make(copy.deepcopy(start), two_roles(7, 9), folder, **options)
+    forgetful.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert not same(weights(forgetful.model), weights(through.model))  # else the state would not matter here
+
+
+def test_a_second_training_starts_without_the_state_of_the_first(tmp_path):
+    trainer = make(llama(), {**two_roles()}, tmp_path, conflict="gru", forget="grad_ascent", retain="nll", max_steps=2)
+    trainer.train()
+    old = trainer.rule.state
+    assert old is not None and not (tmp_path / "checkpoint-2").exists()
+    trainer.train()
+    assert trainer.rule.state is not old
+
+
+def test_a_checkpoint_holds_a_state_only_where_there_is_one(tmp_path):
+    for rule, there in (("gru", True), ("agem", False)):
+        make(llama(), two_roles(), tmp_path / rule, conflict=rule, save_strategy="steps", save_steps=1).train()
+        assert (tmp_path / rule / "checkpoint-1" / RULE_STATE).is_file() == there
+
+
+def test_a_state_of_other_parameters_is_refused(tmp_path):
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    file = tmp_path / RULE_STATE
+    assert load_gradient(file, parameters) is None
+    gradient = [torch.arange(6.0).reshape(3, 2).T, None]  # not contiguous
+    save_gradient(gradient, file)
+    one, two = load_gradient(file, parameters)
+    assert torch.equal(one, gradient[0]) and two is None
+    for others in (parameters[::-1], []):
+        with pytest.raises(RunError, match="is for other parameters: resume with the model and adapter that made it"):
+            load_gradient(file, others)
+
+
+@pytest.mark.parametrize("rule", ["gru", "sago", "pcgrad_per_layer", "bisector"])
+def test_a_loss_scale_changes_nothing(tmp_path, rule):
+    """Trap 9, with a scale that changes on the way: 2^10, then 2^11 from the second step on."""
+    after = []
+    for scale in (None, 2.0**10):
+        trainer = make(
+            llama(), two_roles(16, 16), tmp_path, retain="nll", conflict=rule, max_steps=3, learning_rate=0.01
+        )
+        if scale is not None:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1)
+        trainer.train()
+        after.append(weights(trainer.model))
+    assert trainer.accelerator.scaler.get_scale() == 2.0**13
+    assert distance(*after) < 1e-7
+
+
+@pytest.mark.parametrize("rule", ["gru", "sago", "mgda"])
+def test_an_overflow_reaches_the_scaler_and_leaves_the_state_alone(tmp_path, rule):
+    trainer = make(llama(), two_roles(16, 16), tmp_path, retain="nll", conflict=rule)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = weights(trainer.model)
+    trainer.train()
+    assert same(weights(trainer.model), before) and trainer.accelerator.optimizer_step_was_skipped
+    assert trainer.rule.state is None
+
+
+def test_a_role_of_zero_gradients_does_not_stop_training(tmp_path):
+    """A KL to the model itself: the first window's retain gradient is noise, later ones are not."""
+    for rule in CONFLICT_RULES:
+        trainer = make(llama(), two_roles(), tmp_path, conflict=rule, retain="kl", max_steps=3)
+        trainer.train()
+        assert all(math.isfinite(line["grad_norm"]) for line in lines(trainer))
+
+
+@pytest.mark.parametrize("wanted", ["sago", "agem"])
+def test_with_one_role_there_is_no_rule(tmp_path, wanted):
+    trainer = make(llama(), {"forget": two_roles()["forget"]}, tmp_path, conflict=wanted)
+    assert trainer.rule.function is None
+    trainer.train()
