@@ -14,9 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
 from hf_clmul.data.collation import RoleCollator
-from hf_clmul.data.encoding import encode_answer
-from hf_clmul.data.roles import EpochSampler, RoleDataset, derived_seed
-from hf_clmul.data.sources import encode_dataset, refusals
+from hf_clmul.data.roles import EpochSampler, derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.window import (
@@ -29,11 +27,11 @@ from hf_clmul.gradients.window import (
     scale,
     statistics,
 )
-from hf_clmul.models import adapters, causal_lm, hidden
+from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.teachers import BeforeRequest, uniform
-from hf_clmul.objectives import FORGET, LEARN, ROLES
-from hf_clmul.objectives.active import ActiveTerm, active_terms, layers, needs
+from hf_clmul.objectives.active import ActiveTerm, layers, needs
 from hf_clmul.refusals import refuse
+from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_id, role_terms
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
 
@@ -73,7 +71,7 @@ class ClmulTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
-        self.terms = self._terms(args, train_dataset)
+        self.terms = role_terms(args, train_dataset)
         # One role has nothing to be in conflict with.
         self.rule = active_rule((conflict_rule or args.conflict) if len(self.terms) > 1 else "sum")
         refuse(args, model, peft_config, self.rule, {**kwargs, "data_collator": data_collator})
@@ -86,71 +84,24 @@ class ClmulTrainer(Trainer):
         self._pending: list[Batch] = []
         self._sampler: EpochSampler | None = None
         self._accepted = causal_lm.accepted_inputs(model)
-        self._check_layers(model)
+        check_layers(model, self.terms)
         super().__init__(
-            model, args, RoleCollator(_pad_token_id(processing_class)), self._encoded_roles(train_dataset, args, processing_class),
-            self._encoded(eval_dataset, args, processing_class), processing_class, **kwargs,
+            model, args, RoleCollator(pad_token_id(processing_class)),
+            encoded_roles(train_dataset, self.terms, args, processing_class),
+            encoded(eval_dataset, processing_class, args.max_length), processing_class, **kwargs,
         )  # fmt: skip
         self._log = WindowLog(self.accelerator)
 
     # ---- data ----------------------------------------------------------------------------------------------------
 
-    def _terms(self, args: ClmulConfig, datasets: Any) -> dict[str, list]:
-        """{role: active terms}, the anchor role first; conflict rules rely on that order."""
-        if datasets is None:
-            return {}
-        found = list(datasets) if isinstance(datasets, Mapping) else [LEARN]
-        unknown = [role for role in found if role not in ROLES]
-        if unknown or not (LEARN in found) ^ (FORGET in found):
-            raise ValueError(
-                f"train_dataset must map roles to data sets, with exactly one of `learn` and `forget`; found "
-                f"{', '.join(map(repr, found)) or 'nothing'}. Roles: {', '.join(ROLES)}."
-            )
-        wanted = {LEARN: args.learn, FORGET: args.forget, "retain": args.retain, "memory": args.memory}
-        idle = [role for role, terms in wanted.items() if terms is not None and role not in found]
-        if idle:
-            raise ValueError(f"terms are given for {idle[0]!r}, but train_dataset has no data of that role.")
-        terms = {role: active_terms(role, wanted[role]) for role in ROLES if role in found}
-        if not terms[LEARN if LEARN in found else FORGET]:
-            raise ValueError(f"no term is given for {LEARN if LEARN in found else FORGET!r}: nothing would be trained.")
-        return {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
-
-    def _check_layers(self, model: nn.Module) -> None:
-        for role, terms in self.terms.items():
-            for layer in layers(terms):
-                try:
-                    hidden.index(layer, len(hidden.blocks(model)))
-                except ValueError as error:
-                    raise ValueError(f"{role}: {error}") from error
-
-    def _encoded(self, dataset: Any, args: ClmulConfig, tokenizer: Any) -> Any:
-        if isinstance(dataset, Mapping):
-            return {name: encode_dataset(d, tokenizer, args.max_length, name) for name, d in dataset.items()}
-        return None if dataset is None else encode_dataset(dataset, tokenizer, args.max_length, "evaluation data")
-
-    def _encoded_roles(self, datasets: Any, args: ClmulConfig, tokenizer: Any) -> RoleDataset | None:
-        if datasets is None:
-            return None
-        given = datasets if isinstance(datasets, Mapping) else {LEARN: datasets}
-        roles = self._encoded({role: given[role] for role in self.terms}, args, tokenizer)
-        empty = [role for role, examples in roles.items() if len(examples) == 0]
-        if empty:
-            raise ValueError(
-                f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}."
-            )
-        anchor = next(iter(self.terms))
-        wanted = [role for role, terms in self.terms.items() if any("alternative" in t.term.needs for t in terms)]
-        answers = [encode_answer(text, tokenizer) for text in refusals()] if wanted else []
-        return RoleDataset(roles, anchor, args.data_seed if args.data_seed is not None else args.seed, answers, wanted)
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer.get_eval_dataloader`, for every format that the constructor takes."""
         if not isinstance(eval_dataset, str):
-            eval_dataset = self._encoded(eval_dataset, self.args, self.processing_class)
+            eval_dataset = encoded(eval_dataset, self.processing_class, self.args.max_length)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        return super().get_test_dataloader(self._encoded(test_dataset, self.args, self.processing_class))
+        return super().get_test_dataloader(encoded(test_dataset, self.processing_class, self.args.max_length))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset = self.train_dataset
@@ -394,16 +345,3 @@ class ClmulTrainer(Trainer):
 
 def _count(active: ActiveTerm, batch: Batch) -> int:
     return active.count(batch["lengths"], batch["alternatives"])
-
-
-def _pad_token_id(tokenizer: Any) -> int:
-    if tokenizer is None:
-        raise ValueError("processing_class is missing: give the model's tokenizer, which encodes the data.")
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has neither a pad nor an end-of-sequence token: set tokenizer.pad_token, for example "
-            "to any special token (padding is masked)."
-        )
-    return tokenizer.eos_token_id

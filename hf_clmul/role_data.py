@@ -1,0 +1,88 @@
+"""From what a user hands to the trainer to encoded examples and active terms of each role. It knows terms and tokenizers;
+it trains nothing."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hf_clmul.data.encoding import encode_answer
+from hf_clmul.data.roles import RoleDataset
+from hf_clmul.data.sources import encode_dataset, refusals
+from hf_clmul.models import hidden
+from hf_clmul.objectives import FORGET, LEARN, ROLES
+from hf_clmul.objectives.active import ActiveTerm, active_terms, layers
+
+if TYPE_CHECKING:
+    from hf_clmul.training_args import ClmulConfig
+
+Terms = dict[str, list[ActiveTerm]]
+
+
+def role_terms(args: "ClmulConfig", datasets: Any) -> Terms:
+    """{role: active terms}, the anchor role first; conflict rules rely on that order. Raises ValueError for roles without
+    data and data without a role."""
+    if datasets is None:
+        return {}
+    found = list(datasets) if isinstance(datasets, Mapping) else [LEARN]
+    unknown = [role for role in found if role not in ROLES]
+    if unknown or not (LEARN in found) ^ (FORGET in found):
+        raise ValueError(
+            f"train_dataset must map roles to data sets, with exactly one of `learn` and `forget`; found "
+            f"{', '.join(map(repr, found)) or 'nothing'}. Roles: {', '.join(ROLES)}."
+        )
+    wanted = {LEARN: args.learn, FORGET: args.forget, "retain": args.retain, "memory": args.memory}
+    idle = [role for role, terms in wanted.items() if terms is not None and role not in found]
+    if idle:
+        raise ValueError(f"terms are given for {idle[0]!r}, but train_dataset has no data of that role.")
+    terms = {role: active_terms(role, wanted[role]) for role in ROLES if role in found}
+    anchor = LEARN if LEARN in found else FORGET
+    if not terms[anchor]:
+        raise ValueError(f"no term is given for {anchor!r}: nothing would be trained.")
+    return {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
+
+
+def check_layers(model: nn.Module, terms: Terms) -> None:
+    """Raises ValueError for a term that names a layer which the model does not have."""
+    for role, active in terms.items():
+        for layer in layers(active):
+            try:
+                hidden.index(layer, len(hidden.blocks(model)))
+            except ValueError as error:
+                raise ValueError(f"{role}: {error}") from error
+
+
+def encoded(dataset: Any, tokenizer: Any, max_length: int | None) -> Any:
+    """A data set, or a mapping of several, as token ids and labels; None stays None."""
+    if isinstance(dataset, Mapping):
+        return {name: encode_dataset(d, tokenizer, max_length, name) for name, d in dataset.items()}
+    return None if dataset is None else encode_dataset(dataset, tokenizer, max_length, "evaluation data")
+
+
+def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: Any) -> RoleDataset | None:
+    """The training set: the examples of every role that has terms. Raises ValueError for an empty one."""
+    if datasets is None:
+        return None
+    given = datasets if isinstance(datasets, Mapping) else {LEARN: datasets}
+    roles = encoded({role: given[role] for role in terms}, tokenizer, args.max_length)
+    empty = [role for role, examples in roles.items() if len(examples) == 0]
+    if empty:
+        raise ValueError(f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}.")
+    wanted = [role for role, active in terms.items() if any("alternative" in t.term.needs for t in active)]
+    answers = [encode_answer(text, tokenizer) for text in refusals()] if wanted else []
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    return RoleDataset(roles, next(iter(terms)), seed, answers, wanted)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The token to pad with. Padding is masked, so that any special token will do. Raises ValueError where there is none."""
+    if tokenizer is None:
+        raise ValueError("processing_class is missing: give the model's tokenizer, which encodes the data.")
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has neither a pad nor an end-of-sequence token: set tokenizer.pad_token, for example "
+            "to any special token (padding is masked)."
+        )
+    return tokenizer.eos_token_id
