@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
+from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError
 from pydantic_core import PydanticCustomError, core_schema
 
 from hf_clmul.gradients.conflict import DEFAULT_RULE
+from hf_clmul.gradients.options import Lookahead, Saliency, Section
 from hf_clmul.recipe_problems import Key, Problems, explained, nearest, one_of, suggestion
 from hf_clmul.recipe_yaml import Tree
 from hf_clmul.training_fields import ADDED, FIELDS
@@ -44,12 +45,6 @@ Rule = Annotated[
     str | dict[str, dict[str, Any]],
     Expected("a conflict rule, or {rule: {parameter: value}}, such as {agem: {margin: 0.1}}"),
 ]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys forbidden, no conversion of types (a quoted number is text)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Scratch(Section):
@@ -118,10 +113,19 @@ class Unlearn(Section):
     training: TrainingFields = {}
 
 
+Trainable = Annotated[
+    str | None,
+    Field(
+        description="regular expression; only parameters whose whole name matches are trained (of those that would be)"
+    ),
+]
+
+
 class Learning(Section):
     """How learn requests train."""
 
     learn: Terms = {"nll": {}}
+    trainable: Trainable = None
     training: TrainingFields = {}
 
 
@@ -131,6 +135,11 @@ class Unlearning(Section):
     forget: Terms = {"npo": {}}
     retain: Terms = {"kl": {}}
     conflict: Rule = Field(DEFAULT_RULE, description="how the roles' gradients become one update")
+    lookahead: Lookahead | None = Field(None, description="LUR: take one role's gradient where a step on another leads")
+    saliency: Saliency | None = Field(
+        None, description="train or redraw only the weights that matter for the forget data"
+    )
+    trainable: Trainable = None
     training: TrainingFields = {}
 
 
@@ -266,6 +275,10 @@ def _section_at(key: Key) -> type[BaseModel]:
             return Learn if kind == "learn" else Unlearn
         case ("model", "scratch"):
             return Scratch
+        case ("unlearning", "lookahead"):
+            return Lookahead
+        case ("unlearning", "saliency"):
+            return Saliency
         case _:
             return next(_sections_in(Recipe.model_fields[str(key[0])].annotation))
 

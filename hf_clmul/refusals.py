@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_clmul.gradients.active import ActiveRule
+from hf_clmul.gradients.options import Lookahead
 from hf_clmul.models import adapters
 
 if TYPE_CHECKING:
@@ -14,10 +16,19 @@ if TYPE_CHECKING:
 INSIDE_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
 
 
-def refuse(args: "ClmulConfig", model: Any, peft_config: Any, rule: ActiveRule, given: dict[str, Any]) -> None:
+def refuse(
+    args: "ClmulConfig",
+    model: Any,
+    peft_config: Any,
+    rule: ActiveRule,
+    lookahead: Lookahead | None,
+    given: dict[str, Any],
+) -> None:
     """Raises ValueError, one line for each thing that cannot be honoured. `given` holds the arguments of
     `Trainer` that `ClmulTrainer` does not name."""
     problems = [*_of_arguments(args, rule), *_of_trainer(given), *_of_model(model, peft_config)]
+    if lookahead is not None:
+        problems += _of_lookahead(args, model, peft_config, lookahead)
     if problems:
         raise ValueError("ClmulTrainer cannot do what was asked:\n" + "\n".join(f"- {text}" for text in problems))
 
@@ -26,11 +37,16 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule) -> list[str]:
     optimizer = OptimizerNames(args.optim)
     reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
     return [text for wrong, text in (
-        (args.deepspeed is not None and rule.function is not None,
-         "a conflict rule needs each role's gradient, which DeepSpeed does not hand out: use conflict='sum', or FSDP2."),
+        (args.deepspeed is not None and rule.compares,
+         "a conflict rule needs each role's gradient, which DeepSpeed does not hand out: use conflict='sum' or 'pdu', or FSDP2."),
         (bool(args.fsdp) and "gradients" in rule.needs,
          f"conflict={rule.name!r} works on whole gradients, and FSDP leaves each rank a part: use DDP, or a "
          "rule that needs inner products only, such as 'pcgrad_retain_first' or 'agem'."),
+        (bool(args.fsdp or args.deepspeed) and args.saliency is not None,
+         "saliency looks at whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP."),
+        (bool(args.fsdp or args.deepspeed) and args.trainable is not None,
+         "trainable chooses parameters by the names of the whole model, which FSDP and DeepSpeed replace: use DDP, or an "
+         "adapter with target_modules."),
         (optimizer in INSIDE_BACKWARD or "layerwise" in optimizer.value,
          f"optim={optimizer.value!r} updates weights inside the backward pass, before gradients can be combined: "
          "use 'adamw_torch' or another ordinary optimizer."),
@@ -47,6 +63,25 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule) -> list[str]:
         (bool(args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches),
          "accelerator_config: split_batches and dispatch_batches cut a batch of roles apart: leave them out and set "
          "per_device_train_batch_size instead."),
+    ) if wrong]  # fmt: skip
+
+
+def _of_lookahead(args: "ClmulConfig", model: Any, peft_config: Any, lookahead: Lookahead) -> list[str]:
+    # A new adapter is made in float32.
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad} if peft_config is None else set()
+    half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
+    exact = lookahead.mode == "exact"
+    return [text for wrong, text in (
+        (half, f"lookahead moves the weights a little and back, which {', '.join(half)} weights round away: load the model "
+         "in float32 and set bf16=True (mixed precision), or train a LoRA adapter, whose weights are float32."),
+        (args.deepspeed is not None, "lookahead needs each role's gradient, which DeepSpeed does not hand out: use FSDP2."),
+        (exact and args.world_size > 1, "lookahead mode 'exact' takes a second derivative, which DDP and FSDP do not pass "
+         "on between ranks: use mode='cross'."),
+        (exact and (args.fp16 or args.activation_checkpointing), "lookahead mode 'exact' takes a second derivative, which "
+         "neither a loss scaler (fp16) nor activation checkpointing allows: use mode='cross'."),
+        (exact and model.config._attn_implementation not in ("eager", "sdpa"),
+         f"lookahead mode 'exact' needs attention with a second derivative, which {model.config._attn_implementation!r} "
+         "has not: load the model with attn_implementation='eager', or use mode='cross'."),
     ) if wrong]  # fmt: skip
 
 

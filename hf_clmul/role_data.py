@@ -32,6 +32,10 @@ def role_terms(args: "ClmulConfig", datasets: Any) -> Terms:
             f"{', '.join(map(repr, found)) or 'nothing'}. Roles: {', '.join(ROLES)}."
         )
     wanted = {LEARN: args.learn, FORGET: args.forget, "retain": args.retain, "memory": args.memory}
+    if args.saliency is not None and FORGET not in found:
+        raise ValueError(
+            "saliency is measured on what is to be forgotten, but train_dataset has no `forget`: leave it out."
+        )
     idle = [role for role, terms in wanted.items() if terms is not None and role not in found]
     if idle:
         raise ValueError(f"terms are given for {idle[0]!r}, but train_dataset has no data of that role.")

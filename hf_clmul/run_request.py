@@ -171,10 +171,21 @@ def _arguments(run: Run, step: Step) -> ClmulConfig:
             **terms,
             output_dir=str(run.folder.request(step)),
             conflict=unlearning.conflict,
+            **_parts(recipe, step),
             teacher=recipe.teacher,
         )
     except ValueError as error:
         raise RecipeError(f"request {step.name}: {error}") from error
+
+
+def _parts(recipe: Recipe, step: Step) -> dict[str, Any]:
+    """What is trained, and how an unlearn request's window is resolved beyond its conflict rule."""
+    if step.kind == "learn":
+        return {"trainable": recipe.learning.trainable}
+    unlearning = recipe.unlearning
+    chosen = {"lookahead": unlearning.lookahead, "saliency": unlearning.saliency}
+    plain = {name: value.model_dump() for name, value in chosen.items() if value is not None}
+    return {"trainable": unlearning.trainable, **plain}
 
 
 def _trainer(run: Run, step: Step, shown: RunLog) -> ClmulTrainer:

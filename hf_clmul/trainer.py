@@ -10,34 +10,39 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from hf_clmul.data.collation import RoleCollator
 from hf_clmul.data.roles import EpochSampler, derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import active_rule
-from hf_clmul.gradients.window import (
-    GradientWindow,
-    agreed,
-    gram_matrix,
-    is_finite,
-    load_gradient,
-    save_gradient,
-    scale,
-    statistics,
-)
+from hf_clmul.gradients.options import Lookahead, Saliency, options
+from hf_clmul.gradients.resolve import Change, resolve
+from hf_clmul.gradients.window import Gradient, GradientWindow
 from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.teachers import BeforeRequest, uniform
+from hf_clmul.models.trainable import matching, only_trainable
+from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
 from hf_clmul.refusals import refuse
 from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_id, role_terms
+from hf_clmul.salient import SalientPart
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
 
 Batch = dict[str, Any]
-RULE_STATE = "conflict_state.safetensors"
-"""In a checkpoint: the gradient that a stateful conflict rule keeps from window to window."""
+
+
+class AfterStep(TrainerCallback):
+    """Tells the trainer that the optimizer has made its step, before anyone else sees the weights."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self.done = done
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.done()
 
 
 class ClmulTrainer(Trainer):
@@ -74,21 +79,28 @@ class ClmulTrainer(Trainer):
         self.terms = role_terms(args, train_dataset)
         # One role has nothing to be in conflict with.
         self.rule = active_rule((conflict_rule or args.conflict) if len(self.terms) > 1 else "sum")
-        refuse(args, model, peft_config, self.rule, {**kwargs, "data_collator": data_collator})
+        several = len(self.terms) > 1
+        self.lookahead = options(Lookahead, "lookahead", args.lookahead) if several else None
+        refuse(args, model, peft_config, self.rule, self.lookahead, {**kwargs, "data_collator": data_collator})
         if peft_config is not None:
             model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
         if args.activation_checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
         self.teacher: BeforeRequest | None = None
+        self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
         self._window: GradientWindow | None = None
+        self._change: Change | None = None
         self._pending: list[Batch] = []
         self._sampler: EpochSampler | None = None
         self._accepted = causal_lm.accepted_inputs(model)
         check_layers(model, self.terms)
+        if args.trainable is not None:
+            matching(model, args.trainable)  # to refuse it now
         super().__init__(
             model, args, RoleCollator(pad_token_id(processing_class)),
             encoded_roles(train_dataset, self.terms, args, processing_class),
-            encoded(eval_dataset, processing_class, args.max_length), processing_class, **kwargs,
+            encoded(eval_dataset, processing_class, args.max_length), processing_class,
+            **{**kwargs, "callbacks": [AfterStep(self._after_step), *(kwargs.get("callbacks") or [])]},
         )  # fmt: skip
         self._log = WindowLog(self.accelerator)
 
@@ -144,14 +156,22 @@ class ClmulTrainer(Trainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()  # schedule-free optimizers have two modes
         inputs = self._prepare_inputs(inputs)
-        if self.rule.function is None:
+        if self._window is None:
+            self._window = self._new_window()
+        measure = bool(self.args.change_steps) and self.state.global_step % self.args.change_steps == 0
+        if not (self.rule.compares or self.lookahead or measure):
             loss = self._accumulate(model, inputs, num_items_in_batch)
         else:
             self._pending.append(inputs)
             if not self.accelerator.sync_gradients:
                 return torch.zeros((), device=self.args.device)
             batches, self._pending = self._pending, []
-            loss = self._resolve(model, batches, num_items_in_batch)
+            passes = WindowPasses(self, model, batches, num_items_in_batch)
+            logged, self._change = resolve(
+                self._window, list(self.terms), self.rule, self.lookahead, passes, self._loss_scale(), measure
+            )
+            self._log.add_statistics(logged)
+            loss = passes.loss
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
@@ -160,52 +180,39 @@ class ClmulTrainer(Trainer):
     def _accumulate(self, model: nn.Module, batch: Batch, counts: dict) -> Tensor:
         """Forward and backward role by role into `.grad`; gradients travel between ranks with the last role only."""
         total = torch.zeros((), device=self.args.device)
-        for i, role in enumerate(self.terms):
-            with nullcontext() if i == len(self.terms) - 1 else self._deferred(model):
-                total += self._backward(model, role, batch[role], counts)
+        weights = dict(zip(self.terms, self.rule.weights([[]] * len(self.terms)), strict=True))
+        active = [role for role, weight in weights.items() if weight]
+        for i, role in enumerate(active):
+            with nullcontext() if i == len(active) - 1 else self.deferred(model):
+                loss = self.role_loss(model, role, batch[role], counts[role])
+                self.accelerator.backward(loss if weights[role] == 1.0 else weights[role] * loss)
+                total += loss.detach()
+        if self.accelerator.sync_gradients:
+            self._window.apply_masks()
+            if self.rule.scheduled is not None:
+                self._log.add_statistics({f"weight/{role}": weight for role, weight in weights.items()})
         return total
 
-    def _resolve(self, model: nn.Module, batches: list[Batch], counts: dict) -> Tensor:
-        """The whole window, one role after the other; then the conflict rule; one gradient is left in `.grad`."""
-        if self._window is None:
-            views = self.accelerator.ddp_handler is not None and self.accelerator.ddp_handler.gradient_as_bucket_view
-            self._window = GradientWindow(self._trained(), clone=views)
-        total = torch.zeros((), device=self.args.device)
-        gradients = []
-        for role in self.terms:
-            for batch in batches[:-1]:
-                with self._deferred(model):
-                    total += self._backward(model, role, batch[role], counts)
-            total += self._backward(model, role, batches[-1][role], counts)
-            gradients.append(self._window.take())
-        loss_scale = self._loss_scale()
-        gram = gram_matrix(gradients, loss_scale)
-        if not is_finite(gram):  # the plain sum, so that a loss scaler sees the overflow and skips the step
-            self._window.combine(gradients, [1.0] * len(gram))
-            return total
-        chosen = {}
-        if "gradients" in self.rule.needs:
-            scale(gradients, 1 / loss_scale)
-            update = self.rule.combined(gradients, gram)
-            scale([update], loss_scale)
-            self._window.put(update)
-        else:
-            weights = agreed(self.rule.weights(gram), self.args.device)
-            self._window.combine(gradients, weights)
-            chosen = {f"weight/{role}": w for role, w in zip(self.terms, weights, strict=True)}
-        self._log.add_statistics({**statistics(gram, list(self.terms)), **chosen})
-        return total
+    def _new_window(self) -> GradientWindow:
+        parameters = self._trained()
+        views = self.accelerator.ddp_handler is not None and self.accelerator.ddp_handler.gradient_as_bucket_view
+        masks = self.salient.hold(self.accelerator.unwrap_model(self.model), parameters)
+        return GradientWindow(parameters, clone=views, masks=masks, model=self.model)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _backward(self, model: nn.Module, role: str, batch: Batch, counts: dict) -> Tensor:
-        loss = self._role_loss(model, role, batch, counts[role])
-        self.accelerator.backward(loss)
-        return loss.detach()
+    def _after_step(self) -> None:
+        self.salient.restore()
+        if self._change is not None:
+            self._log.add_statistics(self._change.measured(self._loss_scale()))
+            self._change = None
 
-    def _role_loss(self, model: nn.Module, role: str, batch: Batch, counts: dict[str, int]) -> Tensor:
-        """Weighted sum of the role's terms, each divided by its count over the whole window and all ranks."""
+    def role_loss(
+        self, model: nn.Module, role: str, batch: Batch, counts: dict[str, int], again: bool = False
+    ) -> Tensor:
+        """Weighted sum of the role's terms, each divided by its count over the whole window and all ranks. `again`: it is
+        logged already."""
         terms = self.terms[role]
         of_teacher = needs(terms, of_teacher=True)
         targets = None
@@ -225,13 +232,14 @@ class ClmulTrainer(Trainer):
             # Ranks average their gradients, while the count already spans all of them. A window may hold nothing to count:
             # answers that are all shorter than what a term leaves out.
             loss = value / max(counts[active.name], 1) * self.accelerator.num_processes
-            self._log.add_loss(f"loss/{role}/{active.name}", loss)
+            if not again:
+                self._log.add_loss(f"loss/{role}/{active.name}", loss)
             weighted = loss if active.weight == 1.0 else active.weight * loss
             total = weighted if total is None else total + weighted
         return total
 
     @contextmanager
-    def _deferred(self, model: nn.Module) -> Iterator[None]:
+    def deferred(self, model: nn.Module) -> Iterator[None]:
         """Gradients stay on this rank."""
         state = self.accelerator.gradient_state
         before = state.sync_gradients
@@ -259,23 +267,54 @@ class ClmulTrainer(Trainer):
                 "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
-        self.teacher = BeforeRequest(self.accelerator.unwrap_model(self.model)) if wanted else None
-        self._window = None
-        self.rule.state = None
+        model = self.accelerator.unwrap_model(self.model)
+        self._window = self._change = None
+        self.rule.start(len(self.terms))
         self._log = WindowLog(self.accelerator)
-        try:
-            return super().train(resume_from_checkpoint, **kwargs)
-        finally:
-            self._pending.clear()
-            if self.teacher is not None:
-                self.teacher.release()
+        with only_trainable(model, self.args.trainable):
+            self.teacher = BeforeRequest(model) if wanted else None
+            if self.salient.wanted and not resume_from_checkpoint:
+                self.salient.choose(model, self._forget_gradient(model), self.args.seed)
+            try:
+                return super().train(resume_from_checkpoint, **kwargs)
+            finally:
+                self._pending.clear()
+                if self.teacher is not None:
+                    self.teacher.release()
+
+    def _forget_gradient(self, model: nn.Module) -> dict[str, Tensor]:
+        """Gradient {parameter: tensor} of the forget answers' mean log-probability, at the model as it is. Every rank works out
+        the same, over all examples."""
+        rows, size = self.train_dataset.roles[FORGET], self.args.per_device_train_batch_size
+        batches = [self.data_collator.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        tokens = sum(sum(batch["lengths"]) for batch in batches)
+        with adapters.untouched(model):
+            model.eval()
+            for batch in batches:
+                with self.accelerator.autocast():
+                    prediction = causal_lm.predict(
+                        model, self._prepare_inputs(batch), frozenset({"logps"}), self._accepted
+                    )
+                (prediction.logps.sum() / tokens).backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        model.zero_grad()
+        return found
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The collapse guard: called before each optimizer step, with the norm that is logged anyway."""
         norm = super()._get_grad_norm(model, grad_norm)
+        losses = self._log.window_losses()
         # A loss scaler handles overflowing gradients itself, by skipping the step.
-        self._log.stop_if_collapsed(self.state.global_step + 1, norm if self.accelerator.scaler is None else None)
+        self._log.stop_if_collapsed(
+            self.state.global_step + 1, losses, norm if self.accelerator.scaler is None else None
+        )
         self._log.end_window()
+        if self.rule.scheduled is not None:
+            means = [
+                sum(active.weight * losses.get(f"loss/{role}/{active.name}", 0.0) for active in terms)
+                for role, terms in self.terms.items()
+            ]
+            self.rule.advance(means, self.state.epoch or 0.0)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -299,17 +338,19 @@ class ClmulTrainer(Trainer):
         for batch in [inputs] if "input_ids" in inputs else inputs.values():
             super()._track_num_input_tokens(batch)
 
-    # ---- checkpoints: the adapter that trains, and the rule's state ----
+    # ---- checkpoints: the adapter that trains, what the rule keeps, the masks ----
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.rule.state is not None:
-            save_gradient(self.rule.state, Path(output_dir) / RULE_STATE)
+        if self.args.should_save:
+            self.rule.save(Path(output_dir))
+            self.salient.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and "state" in self.rule.needs:
-            self.rule.state = load_gradient(Path(checkpoint) / RULE_STATE, self._trained())
+        if checkpoint is not None:
+            self.rule.load(Path(checkpoint), self._trained())
+            self.salient.load(Path(checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -345,3 +386,33 @@ class ClmulTrainer(Trainer):
 
 def _count(active: ActiveTerm, batch: Batch) -> int:
     return active.count(batch["lengths"], batch["alternatives"])
+
+
+class WindowPasses:
+    """The passes over one window (`gradients.lookahead.Passes`): forward and backward of a role over all its micro-batches."""
+
+    def __init__(self, trainer: ClmulTrainer, model: nn.Module, batches: list[Batch], counts: dict) -> None:
+        self.trainer, self.model, self.batches, self.counts = trainer, model, batches, counts
+        self.loss = torch.zeros((), device=trainer.args.device)
+        self.displaced = trainer._window.displaced
+
+    def gradient(self, role: str, again: bool = False) -> Gradient:
+        for i, batch in enumerate(self.batches):
+            last = i == len(self.batches) - 1  # gradients travel between ranks once
+            with nullcontext() if last else self.trainer.deferred(self.model):
+                loss = self.trainer.role_loss(self.model, role, batch[role], self.counts[role], again)
+                self.trainer.accelerator.backward(loss)
+            if not again:
+                self.loss += loss.detach()
+        return self.trainer._window.take()
+
+    def curvature(self, role: str, direction: Gradient) -> Gradient:
+        parameters = self.trainer._window.parameters
+        for batch in self.batches:
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+                loss = self.trainer.role_loss(self.model, role, batch[role], self.counts[role], again=True)
+                found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                pairs = zip(found, direction, strict=True)
+                slope = sum((g * d).sum() for g, d in pairs if g is not None and d is not None)
+                slope.backward()
+        return self.trainer._window.take()

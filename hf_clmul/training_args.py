@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
+from hf_clmul.gradients.options import Lookahead, Saliency, options
 from hf_clmul.models import TEACHERS
 
 ROLE_TERMS = "terms of the {} role: {{name: {{parameter: value, 'weight': 1.0}}}}. Default: {}."
@@ -25,6 +26,7 @@ class ClmulConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS, "learn", "forget", "retain", "memory", "conflict",
+        "lookahead", "saliency",
     ]  # fmt: skip
 
     learn: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("learn", "nll")})
@@ -33,6 +35,14 @@ class ClmulConfig(TrainingArguments):
     memory: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("memory", "nll")})
     conflict: dict[str, Any] | str | None = field(default=DEFAULT_RULE, metadata={
         "help": "How the roles' gradients become one update: a rule, or {rule: {parameter: value}}."})  # fmt: skip
+    lookahead: dict[str, Any] | str | None = field(default=None, metadata={
+        "help": "LUR: {inner: retain, mode: cross, alpha: 0.01}, any of them; null: no look ahead."})  # fmt: skip
+    saliency: dict[str, Any] | str | None = field(default=None, metadata={
+        "help": "{train: 0.5} trains the most salient part only; {trim: 0.03} draws it anew first."})  # fmt: skip
+    trainable: str | None = field(default=None, metadata={
+        "help": "Regular expression: only parameters whose whole name matches are trained."})  # fmt: skip
+    change_steps: int = field(default=0, metadata={
+        "help": "Every so many steps, log what the step changes of each role's loss to first order; 0: never."})  # fmt: skip
     teacher: str = field(default="before_request", metadata={"help": "Where targets come from."})
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of an example; null keeps all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: it would hide a collapse."})
@@ -42,6 +52,10 @@ class ClmulConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         active_rule(self.conflict)
+        options(Lookahead, "lookahead", self.lookahead)
+        options(Saliency, "saliency", self.saliency)
+        if self.change_steps < 0:
+            raise ValueError(f"change_steps={self.change_steps} is negative: give a number of steps, or 0 for never.")
         _known("teacher", self.teacher, TEACHERS)
         if self.logging_nan_inf_filter or self.remove_unused_columns:
             raise ValueError(

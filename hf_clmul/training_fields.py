@@ -175,7 +175,7 @@ REMOVED: dict[str, str] = {
 }
 
 # Fields of ClmulConfig that TrainingArguments has not; its others have sections of their own in a recipe.
-ADDED: dict[str, str] = {"max_length": "int | None"}
+ADDED: dict[str, str] = {"max_length": "int | None", "change_steps": "int"}
 
 # Fields that a recipe must not set, and why.
 OURS: dict[str, str] = {

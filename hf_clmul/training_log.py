@@ -18,9 +18,8 @@ class WindowLog:
         self.accelerator = accelerator
         self._window: dict[str, torch.Tensor] = {}
         self._losses: dict[str, torch.Tensor] = {}
-        self._statistics: dict[str, float] = {}
+        self._statistics: dict[str, list[float]] = {}
         self._windows = 0
-        self._measured = 0
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
         """A micro-batch's share of a term's mean over the window (its shares add up to that mean)."""
@@ -28,10 +27,13 @@ class WindowLog:
         self._window[name] = self._window[name] + value if name in self._window else value
 
     def add_statistics(self, values: dict[str, float]) -> None:
-        """Statistics of a window; one whose gradients overflowed has none."""
+        """Statistics of a window; one whose gradients overflowed has none, and some are measured now and then only."""
         for name, value in values.items():
-            self._statistics[name] = self._statistics.get(name, 0.0) + value
-        self._measured += 1
+            self._statistics.setdefault(name, []).append(value)
+
+    def window_losses(self) -> dict[str, float]:
+        """The mean loss of each term in the window that is under way, over all ranks."""
+        return dict(zip(self._window, self._over_ranks(self._window), strict=True))
 
     def end_window(self) -> None:
         """The window is whole; its losses count."""
@@ -44,11 +46,10 @@ class WindowLog:
         """Forgets a window that was never finished."""
         self._window = {}
 
-    def stop_if_collapsed(self, step: int, grad_norm: Any = None) -> None:
+    def stop_if_collapsed(self, step: int, losses: dict[str, float], grad_norm: Any = None) -> None:
         """Raises RunError before optimizer step `step` if a loss of its window or the gradient norm is not finite, on every
         rank alike."""
-        losses = zip(self._window, self._over_ranks(self._window), strict=True)
-        bad = [f"{name} is {value}" for name, value in losses if not math.isfinite(value)]
+        bad = [f"{name} is {value}" for name, value in losses.items() if not math.isfinite(value)]
         if grad_norm is not None and not math.isfinite(float(grad_norm)):
             bad.append(f"the gradient norm is {float(grad_norm)}")
         if bad:
@@ -61,8 +62,8 @@ class WindowLog:
         """Means since the last call; a loss is averaged over windows and ranks, a statistic over windows that have it."""
         losses = zip(self._losses, self._over_ranks(self._losses), strict=True)
         means = {name: value / self._windows for name, value in losses}
-        means |= {name: value / self._measured for name, value in self._statistics.items()}
-        self._losses, self._statistics, self._windows, self._measured = {}, {}, 0, 0
+        means |= {name: sum(values) / len(values) for name, values in self._statistics.items()}
+        self._losses, self._statistics, self._windows = {}, {}, 0
         return means
 
     def _over_ranks(self, losses: dict[str, torch.Tensor]) -> list[float]:

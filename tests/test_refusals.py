@@ -89,7 +89,7 @@ def test_data_parallel(tmp_path):
 def test_deepspeed_can_only_add_gradients_up(tmp_path):
     args = ClmulConfig(str(tmp_path), **QUIET)
     args.deepspeed = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(ValueError, match="DeepSpeed does not hand out: use conflict='sum', or FSDP2"):
+    with pytest.raises(ValueError, match="DeepSpeed does not hand out: use conflict='sum' or 'pdu', or FSDP2"):
         ClmulTrainer(llama(), args, None, two_roles(), processing_class=TOKENIZER)
     ClmulTrainer(
         llama(), args, None, {"learn": examples(2, 0)}, processing_class=TOKENIZER

@@ -25,10 +25,10 @@ from trainer_bed import (
 )
 
 from hf_clmul.errors import RunError
+from hf_clmul.gradients.active import STATE as RULE_STATE
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.gradients.window import load_gradient, save_gradient
-from hf_clmul.trainer import RULE_STATE
 
 WANTED = [
     *CONFLICT_RULES,
@@ -52,18 +52,19 @@ def test_every_rule_makes_the_update(tmp_path, wanted):
     gradients = [list(gradient.values()) for gradient in by_role.values()]
     gram = [[sum(float((a * b).sum()) for a, b in zip(f, r, strict=True)) for r in gradients] for f in gradients]
     rule = active_rule(wanted)
+    rule.start(2)
     if "gradients" in rule.needs:
         update = rule.combined(gradients, gram)
     else:
-        chosen = rule.weights(gram) if rule.needs else [1.0, 1.0]
+        chosen = rule.weights(gram)
         update = [sum(w * t for w, t in zip(chosen, parts, strict=True)) for parts in zip(*gradients, strict=True)]
     assert gram[0][1] < 0
     # sago: a gradient that rounds to the other sign of zero changes its whole coordinate
     tolerance = 1e-3 if rule.name == "sago" else 5e-6
     assert distance(saw.steps[0], dict(zip(names, update, strict=True))) < tolerance
     logged = lines(trainer)[0]
-    assert ("weight/forget" in logged) == (rule.needs == {"gram"})
-    assert ("cosine/forget/retain" in logged) == (wanted != "sum")
+    assert ("weight/forget" in logged) == (rule.needs in ({"gram"}, {"schedule"}))
+    assert ("cosine/forget/retain" in logged) == rule.compares
 
 
 @pytest.mark.parametrize("build", [llama, adapted])

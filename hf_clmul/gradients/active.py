@@ -1,31 +1,47 @@
 """The conflict rule of a training run, checked and ready to call, with its state. Knows the table; no
 trainer, no recipe."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name, rule_parameters
+from hf_clmul.gradients.schedule import Progress
+from hf_clmul.paths import atomic_write
 from hf_clmul.recipe_problems import explained, suggestion
 
 if TYPE_CHECKING:
+    from torch.nn import Parameter
+
     from hf_clmul.gradients.window import Gradient
 
 Weigh = Callable[[list[list[float]]], Sequence[float]]
+STATE, SCHEDULE = "conflict_state.safetensors", "conflict_weights.json"
+"""In a checkpoint: the gradient that a stateful rule keeps, and the next weights of a scheduled one."""
 
 
 class ActiveRule:
-    """A rule with its parameters. `state` is a gradient that a stateful rule keeps from one window to the
-    next, else None."""
+    """A rule with its parameters and what it keeps from one window to the next: `state`, a gradient or None; `scheduled`, the
+    weights of the window to come, for a rule that knows them beforehand, else None."""
 
     def __init__(self, name: str, function: Callable[..., Any] | None, needs: frozenset[str]) -> None:
         self.name, self.function, self.needs = name, function, needs
         self.state: Gradient | None = None
+        self.scheduled: list[float] | None = None
+
+    @property
+    def compares(self) -> bool:
+        """Whether it needs the gradients of the roles apart."""
+        return bool(self.needs & {"gram", "gradients"})
 
     def weights(self, gram: list[list[float]]) -> list[float]:
         """One weight for each role. Raises ValueError if a user's own rule returns another number of them."""
+        if not self.compares:
+            return [1.0] * len(gram) if self.scheduled is None else self.scheduled
         weights = [float(w) for w in self.function(gram)]
         if len(weights) != len(gram):
             raise ValueError(
@@ -40,6 +56,34 @@ class ActiveRule:
             return self.function(gradients, gram)
         update, self.state = self.function(gradients, gram, self.state)
         return update
+
+    def start(self, roles: int) -> None:
+        """Forgets what it kept; a schedule's first weights, for so many roles."""
+        self.state = None
+        self.scheduled = self.function(None, None, Progress(roles, 0.0)) if "schedule" in self.needs else None
+
+    def advance(self, losses: list[float], epoch: float) -> None:
+        """The next window's weights of a schedule, from this window's mean losses [m] over all ranks."""
+        if self.scheduled is not None:
+            self.scheduled = self.function(self.scheduled, losses, Progress(len(losses), epoch))
+
+    def save(self, folder: Path) -> None:
+        """Writes what it keeps into a checkpoint."""
+        if self.state is not None:
+            from hf_clmul.gradients.window import save_gradient
+
+            save_gradient(self.state, folder / STATE)
+        if self.scheduled is not None:
+            atomic_write(folder / SCHEDULE, json.dumps(self.scheduled) + "\n")
+
+    def load(self, folder: Path, parameters: "Sequence[Parameter]") -> None:
+        """Reads what `save` wrote. Raises RunError if it is of other parameters."""
+        if "state" in self.needs:
+            from hf_clmul.gradients.window import load_gradient
+
+            self.state = load_gradient(folder / STATE, parameters)
+        if self.scheduled is not None and (folder / SCHEDULE).is_file():
+            self.scheduled = json.loads((folder / SCHEDULE).read_text("utf-8"))
 
 
 def active_rule(wanted: str | Mapping[str, Any] | Weigh) -> ActiveRule:

@@ -12,6 +12,7 @@ from typing import Any
 from hf_clmul.gradients.balance import aligned_mtl, bisector, cagrad, mgda
 from hf_clmul.gradients.elementwise import gru, pcgrad_per_layer, sago
 from hf_clmul.gradients.projection import agem, blur, pcgrad, pcgrad_retain_first, upgrad
+from hf_clmul.gradients.schedule import alternate, pdu
 
 DEFAULT_RULE = "pcgrad_retain_first"
 
@@ -22,7 +23,7 @@ class ConflictRule:
 
     `needs` names what its function takes: nothing (gradients are simply added up, there is no function),
     "gram" (a Gram matrix [m, m] -> weights [m]), "gradients" (see `elementwise.py`), "state" (a gradient
-    kept from window to window).
+    kept from window to window), "schedule" (weights known beforehand, see `schedule.py`).
     """
 
     function: Callable[..., Any] | None
@@ -60,6 +61,10 @@ CONFLICT_RULES: dict[str, ConflictRule] = {
         bisector, "gram", "arXiv 2202.01017", "halves the angle (IMTL-G, Nash-MTL, MUNBa, NGDiff)"),
     "aligned_mtl": _rule(
         aligned_mtl, "gram", "arXiv 2305.19000", "gives the gradients' principal directions one strength"),
+    "pdu": _rule(
+        pdu, "schedule", "arXiv 2506.05314", "weighs the retain loss so that it stays below a bound (primal-dual)"),
+    "alternate": _rule(
+        alternate, "schedule", "arXiv 2302.09880", "forgets and retains in turn, then only retains (SCRUB's turns)"),
 }
 # fmt: on
 

@@ -4,13 +4,15 @@ The only code that knows how gradients are stored (bucket views, loss scale, ran
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_clmul.errors import RunError
 
@@ -19,21 +21,64 @@ Gradient = list[Tensor | None]
 
 
 class GradientWindow:
-    """Role gradients over a fixed list of parameters (take it from the optimizer, once).
+    """Role gradients over a fixed list of parameters (take it from the optimizer, once) of a model.
 
     `clone`: the storage of `.grad` is reused by the next backward pass (DDP with `gradient_as_bucket_view`), so that a
-    snapshot has to be a copy.
+    snapshot has to be a copy. `masks`: for each parameter where it trains, a bool tensor of its shape, or None for everywhere.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], clone: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        clone: bool = False,
+        masks: Sequence[Tensor | None] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         self.parameters, self.clone = list(parameters), clone
+        self.masks = list(masks) if masks is not None else [None] * len(self.parameters)
+        self._sharded = [] if model is None else [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     def take(self) -> Gradient:
         """Moves the gradient that a role has accumulated out of `.grad`, which is left empty."""
+        self.apply_masks()
         taken = [p.grad.clone() if self.clone and p.grad is not None else p.grad for p in self.parameters]
         for p in self.parameters:
             p.grad = None
         return taken
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Zeroes the gradient in `.grad` of what does not train."""
+        for p, mask in zip(self.parameters, self.masks, strict=True):
+            if mask is not None and p.grad is not None:
+                p.grad.mul_(mask)
+
+    @contextmanager
+    def displaced(self, gradient: Gradient, step: float) -> Iterator[None]:
+        """Within it the weights are moved by `step` times `gradient`; afterwards they are restored bit for bit, whatever
+        happened. A gradient that is not finite moves nothing: its window is lost anyway, and the loss would be too.
+
+        In place, on this rank's shard: FSDP ignores replaced storage and keeps stale weights unsharded, hence `reshard`.
+        """
+        moved = [(p, g) for p, g in zip(self.parameters, gradient, strict=True) if g is not None]
+        if not all(bool(torch.isfinite(g).all()) for _, g in moved):
+            moved = []
+        with torch.no_grad():
+            before = [p.detach().clone() for p, _ in moved]
+            self._reshard()
+            for p, g in moved:
+                p.add_(g.to(p.dtype), alpha=step)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._reshard()
+                for (p, _), value in zip(moved, before, strict=True):
+                    p.copy_(value)
+
+    def _reshard(self) -> None:
+        for module in self._sharded:
+            module.reshard()
 
     def combine(self, gradients: Sequence[Gradient], weights: Sequence[float]) -> None:
         """Writes the weighted sum of the roles' gradients into `.grad`, in the storage of the given ones."""
@@ -56,6 +101,23 @@ def weighted_sum(tensors: Sequence[Tensor | None], weights: Sequence[float]) -> 
     for tensor, weight in parts[1:]:
         total.add_(tensor, alpha=weight)
     return total
+
+
+def total(gradients: Sequence[Gradient]) -> Gradient:
+    """The sum of gradients; a single one as it is, several in new storage."""
+    if len(gradients) == 1:
+        return gradients[0]
+    return [
+        weighted_sum([None if t is None else t.clone() for t in tensors], [1.0] * len(tensors))
+        for tensors in zip(*gradients, strict=True)
+    ]
+
+
+def inner_product(one: Gradient, other: Gradient) -> float:
+    """Summed in float64 over tensors."""
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    parts = [torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in pairs]
+    return float(torch.stack(parts).double().sum()) if parts else 0.0
 
 
 def scale(gradients: Sequence[Gradient], factor: float) -> None:

@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from hf_clmul.models import adapters
 from hf_clmul.objectives.prediction import Prediction
@@ -25,16 +25,21 @@ class BeforeRequest:
     """The model as it was when the request began, keeping a frozen copy of what trains and of nothing else.
 
     A new adapter is simply switched off (no bytes); an adapter trained further in place is copied as a frozen adapter (a
-    few MB); a fully trained model is copied whole. Make it from the unwrapped model before training starts; `release`
-    takes the copy out again.
+    few MB); of a model that is trained in part, those parameters are kept and change places with the live ones while the
+    teacher answers; a fully trained model is copied whole. Make it from the unwrapped model before training starts, with
+    its `requires_grad` flags set; `release` takes the copy out again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copy: nn.Module | None = None
         self.is_adapter_copy = False
+        self.kept: list[tuple[nn.Parameter, Tensor]] = []
         if not isinstance(model, PeftModel) or not adapters.trains_alone(model, model.active_adapter):
-            self.copy = deepcopy(model).eval().requires_grad_(False)
+            if all(p.requires_grad for p in model.parameters()):
+                self.copy = deepcopy(model).eval().requires_grad_(False)
+            else:
+                self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
         elif not adapters.is_identity(model, model.active_adapter):
             adapters.copy_frozen(model, model.active_adapter, COPY)
             self.is_adapter_copy = True
@@ -48,16 +53,30 @@ class BeforeRequest:
             return
         with adapters.untouched(self.model), torch.no_grad():
             self.model.eval()
-            if self.is_adapter_copy:
+            if self.kept:
+                with self._exchanged():
+                    yield self.model
+            elif self.is_adapter_copy:
                 self.model.set_adapter(COPY)
                 yield self.model
             else:
                 with self.model.disable_adapter():
                     yield self.model
 
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        live = [p.data for p, _ in self.kept]  # storages change hands, no value is copied
+        try:
+            for p, value in self.kept:
+                p.data = value
+            yield
+        finally:
+            for (p, _), value in zip(self.kept, live, strict=True):
+                p.data = value
+
     def release(self) -> None:
         """Forgets the copy."""
-        self.copy = None
+        self.copy, self.kept = None, []
         if self.is_adapter_copy:
             adapters.remove(self.model, COPY)
             self.is_adapter_copy = False

@@ -1,0 +1,64 @@
+"""What can be asked of a window beside its conflict rule, typed and checked: a look ahead and saliency. It computes nothing."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hf_clmul.recipe_problems import explained, suggestion
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys forbidden, no conversion of types (a quoted number is text)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Lookahead(Section):
+    """LUR (arXiv 2503.06339): one role's gradient is taken where a step on another leads, see `lookahead.py`."""
+
+    alpha: float = Field(0.01, gt=0, description="length of the inner step, in units of the weights per gradient")
+    inner: Literal["retain", "forget"] = Field("retain", description="the role whose step is tried first")
+    mode: Literal["first_order", "cross", "exact"] = Field(
+        "cross",
+        description="first_order: half the regulariser, no further pass; cross: one pass more; exact: a test oracle",
+    )
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Saliency(Section):
+    """Which weights matter for the forget data, by the gradient of its likelihood before the request, see `saliency.py`."""
+
+    train: Fraction | None = Field(
+        None, description="train only this part of the weights, those with the largest gradient (SalUn: 0.5)"
+    )
+    trim: Fraction | None = Field(
+        None,
+        description="draw this part anew before training, that with the largest gradient times weight (Scissorhands)",
+    )
+
+
+T = TypeVar("T", bound=Section)
+
+
+def options(kind: type[T], name: str, given: Mapping[str, Any] | T | None) -> T | None:
+    """From a mapping; None stays None. Raises ValueError, one line for each problem."""
+    if given is None or isinstance(given, kind):
+        return given
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    raise ValueError("; ".join(_problem(kind, name, entry) for entry in found) + ".")
+
+
+def _problem(kind: type[Section], name: str, entry: Mapping[str, Any]) -> str:
+    key = ".".join(map(str, (name, *entry["loc"])))
+    if entry["type"] == "extra_forbidden":
+        known = list(kind.model_fields)
+        hint = suggestion(entry["loc"][-1], known)
+        return f"{key}: unknown key, there are {', '.join(known)}" + (f"; {hint}" if hint else "")
+    why = explained(entry)
+    return f"{key}: expected {why['expected']}, found {why['found']}"
