@@ -53,7 +53,7 @@ def trials(rule: str, rates: list[float]) -> list[dict[str, Any]]:
     """The settings that a method may try under a rule: as many for each rule."""
     if rule != "lur":
         return [{"conflict": rule, "learning_rate": rate} for rate in rates]
-    kept = rates[-max(1, len(rates) // len(ALPHAS)) :]
+    kept = rates[1 :: len(ALPHAS)] or rates
     tried = [
         {"conflict": "sum", "lookahead": {"alpha": alpha, "mode": "cross"}, "learning_rate": rate}
         for rate in kept
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--budget", nargs="+", type=float, default=[2e-4, 5e-4, 1e-3, 2e-3], help="learning rates to try"
+        "--budget", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3], help="learning rates to try"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/bench_methods.jsonl"))
     parser.add_argument("--report", action="store_true", help="only print the table of what is there")
