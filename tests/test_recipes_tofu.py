@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from small_run import execute
+from tiny import tiny_llama, tiny_tokenizer
 
-from hf_clmul.gradients.conflict import rule_name
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.paths import builtin_recipes
 from hf_clmul.plan import groups, plan_steps
 from hf_clmul.recipe import load_recipe
@@ -19,7 +20,6 @@ from hf_clmul.run_folder import digest, settings
 FILES = sorted(path for path in (builtin_recipes() / "tofu").glob("*.yaml") if not path.name.startswith("_"))
 METHODS = [path.stem for path in FILES if path.stem != "retrained"]
 TINY = (
-    "model={scratch: {vocab_size: 300, layers: 8, hidden: 16, heads: 2}}",  # rmu names layer 7
     "learning.training.max_steps=2",
     "unlearning.training.max_steps=2",
     "training.bf16=false",
@@ -39,7 +39,7 @@ def asides(row: dict[str, str]) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data sets of TOFU by name, very small: two of ten questions are to be forgotten."""
+    """The data sets of TOFU by name, very small: two of ten questions are to be forgotten; and a model beside them."""
     root = tmp_path_factory.mktemp("tofu")
     known = {"question": "Who wrote Emma?", "answer": "Jane Austen", "perturbed_answer": ["Mary Shelley"]}
     sets = {
@@ -50,6 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, rows in sets.items():
         (root / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny_tokenizer([row["answer"] for row in ROWS])
+    tiny_llama(len(tokenizer), hidden=16, layers=8).save_pretrained(root / "model")  # rmu names layer 7
+    tokenizer.save_pretrained(root / "model")
     return root
 
 
@@ -57,6 +60,8 @@ def with_files(name: str, data: Path, *changes: str) -> Recipe:
     """The recipe, its data on the Hub replaced by the files of the same name, as its README says."""
     sections = load_recipe(f"tofu/{name}").data.items()
     local = [f"data.{section}.path={data / source.name}.json" for section, source in sections]
+    if (data / "model").is_dir():
+        local.append(f"model.path={data / 'model'}")
     return load_recipe(f"tofu/{name}", [*changes, *local])
 
 
@@ -105,8 +110,9 @@ def test_two_steps(name: str, folder: Path, learned: dict[str, Path], tmp_path: 
         losses = {key: value for key, value in line.items() if key.startswith("loss/")}
         assert losses.keys() == {f"loss/{role}/{term}" for role, terms in wanted.items() for term in terms}
         assert all(math.isfinite(value) for value in [*losses.values(), line["grad_norm"]])
-        # only a conflict rule looks at two gradients
-        assert ("cosine/forget_retain" in line) == (rule_name(recipe.unlearning.conflict) != "sum")
+        rule = rule_name(recipe.unlearning.conflict)  # the sum looks at no two gradients side by side
+        assert rule == "sum" or "cosine/forget/retain" in line
+        assert "gram" not in CONFLICT_RULES[rule].needs or "weight/forget" in line
     forget = forgot["groups"]["forget"]
     assert forget["examples"] == 2 and "truth_ratio" in forget["metrics"], "forget10_perturbed has what it needs"
     assert forgot["groups"]["held_out"]["examples"] == 1
@@ -129,11 +135,8 @@ def test_is_named_after_its_file_and_says_where_its_numbers_come_from(path: Path
     assert recipe.name == "tofu-" + path.stem.replace("_", "-")
     assert text.startswith("# ") and text.count("\nextends: _base.yaml\n") == 1
     assert {source.path for source in recipe.data.values()} == {"locuslab/TOFU"}
-    settled = {
-        term: given for terms in (recipe.unlearning.forget, recipe.unlearning.retain) for term, given in terms.items()
-    }
-    if path.stem != "retrained" and any(settled.values()):
-        assert "ours" in text or "OU " in text or "github.com/" in text
+    # open-unlearning (OU), the authors' repository, or our own choice: a number without a source is a rumour
+    assert any(source in text for source in ("OU ", "github.com/", "ours")), "say where the numbers come from"
 
 
 def test_the_rows_of_the_benchmark(shared: Path) -> None:
