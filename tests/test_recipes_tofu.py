@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from small_run import execute
 from tiny import tiny_llama, tiny_tokenizer
+from typer.testing import CliRunner
 
+from hf_clmul.cli import app
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.paths import builtin_recipes
 from hf_clmul.plan import groups, plan_steps
@@ -151,3 +153,13 @@ def test_the_rows_of_the_benchmark(shared: Path) -> None:
         plan_steps(with_files("retrained", shared / "data" / "tofu"))[0].roles["learn"][0]["answer"]
         == kept[0]["answer"]
     )
+
+
+def test_the_command_line_lists_and_copies_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = CliRunner().invoke(app, ["ls"]).output
+    assert [path.stem for path in FILES if f"tofu/{path.stem} " not in listed] == []
+    assert CliRunner().invoke(app, ["cp", "tofu/npo", "mine/"]).output.split() == ["mine/npo.yaml", "mine/_base.yaml"]
+    checked = CliRunner().invoke(app, ["validate", "mine/npo.yaml", "unlearning.conflict=pcgrad"])
+    assert (checked.exit_code, checked.output) == (0, "mine/npo.yaml: valid; learn full, unlearn forget10\n")
