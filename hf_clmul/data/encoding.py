@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# Llama 3's chat templates write today's date into every prompt unless they are given one: a run that is killed and
+# continued on another day would train on other tokens, and be measured with others.
+DATE = "26 Jul 2024"  # what these templates write where they know no clock
 FORMATS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 
 Encoded = dict[str, list[int]]
@@ -113,7 +116,9 @@ def _encode_chat(
     """Supervises every assistant turn from message `supervised_from` on, each up to and with its end-of-turn token."""
 
     def render(upto: int, prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages[:upto], add_generation_prompt=prompt, return_dict=False, date_string=DATE
+        )
 
     ids = render(len(messages), prompt=False) if messages else []
     labels = [IGNORED] * len(ids)
