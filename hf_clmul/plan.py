@@ -50,7 +50,7 @@ def plan_steps(recipe: Recipe) -> list[Step]:
             forgotten -= {_content(example) for example in roles["learn"]}
         else:
             name = f"{i:02d}-unlearn-{request.name}"
-            roles = _to_unlearn(request, i, learned, forgotten)
+            roles = _to_unlearn(recipe, request, i, learned, forgotten)
             forgotten |= {_content(example) for example in roles["forget"]}
             if not recipe.unlearning.retain:  # no term: it forgets without retaining
                 roles["retain"] = []
@@ -147,24 +147,41 @@ def _to_learn(recipe: Recipe, request: Learn, i: int) -> list[Example]:
 
 
 def _to_unlearn(
-    request: Unlearn, i: int, learned: dict[str, list[Example]], gone: set[str]
+    recipe: Recipe, request: Unlearn, i: int, learned: dict[str, list[Example]], gone: set[str]
 ) -> dict[str, list[Example]]:
-    task = learned[request.from_task]
+    task, more = learned[request.from_task], {}
     forget = select(task, request.where, f"requests.{i}.unlearn.where")
+    if request.data is not None:
+        more = {_content(e): e for e in load_examples(recipe.data[request.data], request.data)}
+        forget = [e for e in task if _content(e) in more]
+        _check_learned(more, forget, request, i)
     if not forget:
         raise RecipeError(
             f"requests.{i}.unlearn: the forget set is empty: nothing of {request.from_task!r} is selected."
         )
     chosen = {id(example) for example in forget}
     rest = [e for rows in learned.values() for e in rows if id(e) not in chosen and _content(e) not in gone]
+    if more:  # its other columns, such as paraphrases, are wanted for the evaluation
+        forget = [{**more[_content(e)], **e} for e in forget]
     shared = {_content(e) for e in forget} & {_content(e) for e in rest}
     if shared:
         raise RecipeError(
             f"requests.{i}.unlearn: forget and retain share {len(shared)} examples, such as "
             f"{_shown(next(iter(shared)))}. The same text cannot be forgotten and kept: remove duplicates "
-            "from the data, or widen `where`."
+            f"from the data, or widen `{'data' if more else 'where'}`."
         )
     return {"forget": forget, "retain": rest}
+
+
+def _check_learned(named: Mapping[str, Example], found: Sequence[Example], request: Unlearn, i: int) -> None:
+    """Only what was learned can be forgotten: rows that `data` names beyond that are a mistake in one of the two."""
+    never = named.keys() - {_content(example) for example in found}
+    if never:
+        raise RecipeError(
+            f"requests.{i}.unlearn.data: {len(never)} of the {len(named)} examples of {request.data!r} were never "
+            f"learned in {request.from_task!r}, such as {_shown(min(never))}. An example is found by its text, in "
+            "the same columns: mend the data, or name the task that learned it."
+        )
 
 
 def _content(example: Example) -> str:

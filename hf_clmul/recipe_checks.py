@@ -12,7 +12,7 @@ from hf_clmul.gradients.active import parameter_problem
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
-from hf_clmul.recipe_problems import Key, Problems, explained, one_of, shown, suggestion
+from hf_clmul.recipe_problems import Key, Problems, dotted, explained, one_of, shown, suggestion
 from hf_clmul.recipe_schema import Weight
 from hf_clmul.recipe_training import check_training, requests
 from hf_clmul.recipe_yaml import Tree
@@ -131,6 +131,9 @@ def _check_requests(tree: Tree, problems: Problems) -> None:
         if kind == "unlearn":
             _check_source(tree, (*key, "from"), tasks, learned, problems)
             _check_where(tree, (*key, "where"), "leave it out to forget the whole task", problems)
+            _check_name(tree, (*key, "data"), tree.section("data"), "data set", problems)
+            if tree.get(*key, "data") is not None and tree.get(*key, "where") is not None:
+                problems.at(tree, (*key, "data"), f"given beside {dotted(key)}.where", hint="remove one of the two")
             continue
         _check_name(tree, (*key, "data"), tree.section("data"), "data set", problems)
         _check_where(tree, (*key, "where"), "leave it out to learn all rows", problems)

@@ -110,6 +110,7 @@ class Unlearn(Section):
     name: Name = Field(description="a name for this request (a-z, 0-9, - and _)")
     from_task: str = Field(alias="from", description="the task to unlearn from, learned before")
     where: Where | None = Field(None, description="the rows to forget; the whole task if left out")
+    data: str | None = Field(None, description="in place of `where`: the rows to forget, as a name from `data`")
     training: TrainingFields = {}
 
 

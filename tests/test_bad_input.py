@@ -78,6 +78,25 @@ def test_empty_forget_set_names_the_values_that_are_there() -> None:
     assert "'z'" in message and "a, b, c" in message, message
 
 
+GONE = "data.gone={path: gone.jsonl}", "requests.1.unlearn={name: one, from: notes, data: gone}"
+TO_FORGET = {
+    "never learned": ([NOTES[0], {**NOTES[1], "answer": "Another."}], "1 of the 2 examples of 'gone' were never learned",
+                      '"answer": "Another."'),
+    "other columns": ([{"prompt": NOTES[0]["question"], "completion": NOTES[0]["answer"]}], "were never learned in 'notes'",
+                      "in the same columns"),
+    "nothing": ([], "is empty", "gone.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TO_FORGET)
+def test_data_to_forget_that_was_not_learned(case: str, folder: Path) -> None:
+    rows, what, remedy = TO_FORGET[case]
+    (folder / "gone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    message = run(*GONE, code=2)
+    assert what in message and remedy in message, message
+    assert not (folder / "out" / "base").exists()
+
+
 def test_truncation_that_leaves_nothing_to_learn() -> None:
     message = run("training.max_length=4", code=2)
     assert "max_length 4" in message and "Raise `max_length`" in message, message

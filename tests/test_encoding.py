@@ -98,6 +98,12 @@ def test_a_template_without_end_tokens_is_supervised_to_the_end_of_each_turn():
     assert shown(encode({"messages": messages}, tokenizer)) == f"Hi{END};[Yo;]Hm{END};[No;]"
 
 
+def test_a_template_that_writes_the_date_writes_the_same_one_on_every_day():
+    clock = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    dated = tiny_tokenizer([], vocab=258, chat_template=clock + "Today: {{ date_string }}\n" + CHATML)
+    assert shown(encode(QA, dated), dated) == f"Today: 26 Jul 2024\n{USER}Who?{END}\n{ASSISTANT}[Ada{END}]"
+
+
 def test_a_token_that_begins_every_text_stands_once_at_the_beginning():
     tokenizer = tiny_tokenizer([], vocab=258, chat_template=None)
     start = ("<|im_start|>", 1)

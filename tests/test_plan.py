@@ -123,6 +123,55 @@ def test_a_text_learned_in_two_tasks_cannot_be_forgotten_in_one():
         plan_steps(recipe(*twice, unlearn("all", source="one")))
 
 
+FORGET_DATA = "unlearn: {name: some, from: all, data: forgotten}"
+FORGOTTEN = "  forgotten: {path: forgotten.jsonl}"
+
+
+def test_the_forget_set_may_be_given_as_data():
+    """The rows are found by question and answer alone: in the order learned, under the ids learned, and once."""
+    write_data("forgotten.jsonl", [("?", *row[1:]) for row in [*PEOPLE[10:], *PEOPLE[4:8], PEOPLE[4]]])
+    planned = recipe(LEARN, FORGET_DATA, data=FORGOTTEN)
+    learn, forget = plan_steps(planned)
+    assert [row["id"] for row in forget.roles["forget"]] == [f"people-{i}" for i in (4, 5, 6, 7, 10, 11)]
+    assert [row["id"] for row in forget.roles["retain"]] == [f"people-{i}" for i in (0, 1, 2, 3, 8, 9)]
+    assert forget.roles["forget"] == learn.roles["learn"][4:8] + learn.roles["learn"][10:]  # its own columns stay
+    whole = groups(planned, plan_steps(planned))
+    assert (whole["forget"], whole["retain"]) == (forget.roles["forget"], forget.roles["retain"])
+
+
+def test_further_columns_of_the_data_to_forget_are_there_for_the_evaluation():
+    row = {"question": PEOPLE[4][1], "answer": PEOPLE[4][2], "paraphrased_answer": "B0 it is.", "person": "other"}
+    Path("forgotten.jsonl").write_text(json.dumps(row))
+    planned = recipe(LEARN, FORGET_DATA, data=FORGOTTEN)
+    learn, forget = plan_steps(planned)
+    assert groups(planned, [learn, forget])["forget"] == [
+        {**learn.roles["learn"][4], "paraphrased_answer": "B0 it is."}
+    ]
+    assert [row["id"] for row in forget.roles["retain"]] == [f"people-{i}" for i in range(12) if i != 4]
+
+
+def test_data_to_forget_that_was_never_learned_is_refused():
+    write_data("forgotten.jsonl", [*PEOPLE[:4], ("X", "Who is X?", "Answer X0."), ("A", "Who is A, part 0?", "A0.")])
+    with pytest.raises(RecipeError) as caught:
+        plan_steps(recipe(LEARN, FORGET_DATA, data=FORGOTTEN))
+    message = str(caught.value)
+    assert message.startswith("requests.1.unlearn.data: 2 of the 6 examples of 'forgotten' were never learned in 'all'")
+    assert '"answer": "A0."' in message and "mend the data" in message
+    write_data("forgotten.jsonl", PEOPLE[:4])
+    tasks = [f"learn: {{task: {name}, data: people, where: {{person: [{name.upper()}]}}}}" for name in "bc"]
+    with pytest.raises(RecipeError, match="4 of the 4 examples of 'forgotten' were never learned in 'b'"):
+        plan_steps(recipe(*tasks, FORGET_DATA.replace("all", "b"), data=FORGOTTEN))
+
+
+def test_data_to_forget_takes_every_copy_of_the_task_and_none_of_another():
+    write_data("people.jsonl", [*PEOPLE, ("D", *PEOPLE[0][1:])])
+    write_data("forgotten.jsonl", PEOPLE[:4])
+    assert [len(rows) for rows in plan_steps(recipe(LEARN, FORGET_DATA, data=FORGOTTEN))[1].roles.values()] == [5, 8]
+    again = "learn: {task: again, data: people, where: {person: [A]}}"
+    with pytest.raises(RecipeError, match="share 4 examples, .*widen `data`"):
+        plan_steps(recipe(LEARN, again, FORGET_DATA, data=FORGOTTEN))
+
+
 def test_an_empty_forget_set_is_refused():
     where = "unlearn: {name: none, from: all, where: {person: A, answer: Answer B0.}}"
     with pytest.raises(RecipeError, match="requests.1.unlearn: the forget set is empty: nothing of 'all' is selected"):

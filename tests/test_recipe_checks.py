@@ -104,6 +104,13 @@ MISTAKES = {
     "empty where": ("{person: [P01, P02]}", "{}",
         "r.yaml:10: requests.2.unlearn.where: names no column; expected a column and its values; leave it "
         "out to forget the whole task"),
+    "unknown data to forget": ("where: {person: [P01, P02]}", "data: peple",
+        "r.yaml:10: requests.2.unlearn.data: unknown data set; expected one of people, notes; found 'peple'; "
+        "did you mean 'people'?"),
+    "two forget sets": ("where: {person: [P01, P02]}", "where: {person: [P01]}, data: people",
+        "r.yaml:10: requests.2.unlearn.data: given beside requests.2.unlearn.where; remove one of the two"),
+    "rows to forget in place of a name": ("where: {person: [P01, P02]}", "data: {path: notes.jsonl}",
+        "r.yaml:10: requests.2.unlearn.data: expected text; found a section with the keys path"),
     "unknown rule": ("unlearning:\n", "unlearning:\n  conflict: pcgard\n",
         "r.yaml:14: unlearning.conflict: unknown conflict rule; expected <rules>; found 'pcgard'; "
         "did you mean 'pcgrad'?"),

@@ -147,6 +147,16 @@ def test_a_change_before_a_finished_request_is_one_of_its_own(recipe):
     assert {**of[0], "before": ""} == {**of[1], "before": ""}
 
 
+def test_of_the_forget_set_its_rows_matter_and_not_how_they_are_named(recipe):
+    named = "data.gone={path: builtin:invented_people, persons: 2, where: {person: %s}}"
+    by_data = "requests.1.unlearn={name: one, from: people, data: gone}"
+    by_column, same, other = (
+        load_recipe(recipe, overrides) for overrides in ([], [named % "P02", by_data], [named % "P01", by_data])
+    )
+    of = [settings(loaded, plan_steps(loaded), plan_steps(loaded)[1]) for loaded in (by_column, same, other)]
+    assert of[0] == of[1] and of[1]["examples"]["forget"] != of[2]["examples"]["forget"]
+
+
 def test_other_examples_to_evaluate_need_the_weights(folder, recipe):
     finish(folder, recipe, 1)
     opened(folder, recipe, measured="others")

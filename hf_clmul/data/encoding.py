@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# Llama 3's chat templates write today's date into every prompt unless they are given one: a run that is killed and
+# continued on another day would train on other tokens, and be measured with others.
+DATE = "26 Jul 2024"  # what these templates write where they know no clock
 FORMATS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 
 Encoded = dict[str, list[int]]
@@ -113,7 +116,9 @@ def _encode_chat(
     """Supervises every assistant turn from message `supervised_from` on, each up to and with its end-of-turn token."""
 
     def render(upto: int, prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages[:upto], add_generation_prompt=prompt, return_dict=False, date_string=DATE
+        )
 
     ids = render(len(messages), prompt=False) if messages else []
     labels = [IGNORED] * len(ids)
@@ -129,7 +134,8 @@ def _encode_chat(
         asked = render(i, prompt=True)
         if ids[: len(asked)] != asked:
             raise RecipeError(REWRITES.format(i))
-        start, end = len(asked), _end_of_turn(ids, len(asked), render(i + 1, prompt=False), tokenizer, i)
+        through = render(i + 1, prompt=False) if i + 1 < len(messages) else ids
+        start, end = len(asked), _end_of_turn(ids, len(asked), through, tokenizer, i)
         labels[start:end] = ids[start:end]
     # What a template puts after the last answer (a line break) is never generated: generation stops at its end token.
     return (ids[:end], labels[:end]) if end else (ids, labels)
@@ -167,7 +173,8 @@ def _fitted(
     """Cut to `max_length`, the first token unsupervised (nothing predicts it). Raises RecipeError if nothing is left."""
     whole = len(ids)
     ids, labels = ids[:max_length], [IGNORED, *labels[1:max_length]][: len(ids)]
-    if all(label in (IGNORED, tokenizer.eos_token_id) for label in labels):
+    nothing = (IGNORED, tokenizer.eos_token_id)  # looked up once: the attribute costs as much as a short encoding
+    if all(label in nothing for label in labels):
         raise RecipeError(_nothing_supervised(example, whole, max_length))
     return {"input_ids": ids, "labels": labels}
 
