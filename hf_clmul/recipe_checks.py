@@ -12,6 +12,7 @@ from hf_clmul.gradients.active import parameter_problem
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
+from hf_clmul.objectives.active import odd_company
 from hf_clmul.recipe_problems import Key, Problems, explained, one_of, shown, suggestion
 from hf_clmul.recipe_schema import Weight
 from hf_clmul.recipe_training import check_training, requests
@@ -159,6 +160,8 @@ def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
     fitting = [name for name, term in TERMS.items() if role in term.roles]
     if tree.get(*table) == {} and role != "retain":  # forgetting without retaining is a baseline of the field
         problems.at(tree, table, "names no term", one_of(fitting))
+    if problem := odd_company([name for name in tree.section(*table) if name in fitting]):
+        problems.at(tree, table, problem)
     for name, given in tree.section(*table).items():
         key = (*table, name)
         if name not in TERMS:

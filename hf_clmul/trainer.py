@@ -30,6 +30,7 @@ from hf_clmul.gradients.window import (
 from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.teachers import BeforeRequest, uniform
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
+from hf_clmul.preparation import prepare
 from hf_clmul.refusals import refuse
 from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_id, role_terms
 from hf_clmul.training_args import ClmulConfig
@@ -259,6 +260,7 @@ class ClmulTrainer(Trainer):
                 "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
+        prepare(self)
         self.teacher = BeforeRequest(self.accelerator.unwrap_model(self.model)) if wanted else None
         self._window = None
         self.rule.state = None

@@ -16,11 +16,12 @@ from transformers import LlamaForCausalLM
 
 from hf_clmul.data.collation import RoleCollator
 from hf_clmul.models import causal_lm
-from hf_clmul.objectives import ROLES, TERMS, distribution, representation, term_parameters
+from hf_clmul.objectives import ALTERNATIVES, ROLES, TERMS, distribution, representation, term_parameters
 from hf_clmul.objectives.active import OUTPUTS, active_terms, layers, needs
 from hf_clmul.objectives.counts import COUNTS
 from hf_clmul.objectives.prediction import Prediction
 from hf_clmul.objectives.preference import log_sigmoid
+from hf_clmul.objectives.preparation import Generated
 
 EMPTY = inspect.Parameter.empty
 every_term = pytest.mark.parametrize("name", TERMS)
@@ -124,6 +125,10 @@ HAND = {
         # nothing gained yet, as for npo
         ({}, REFUSING, REFUSING, 40 * log(2), 2),
     ],
+    # The same with another second answer
+    "dpo": [({"beta": 1.0}, REFUSING, TEACHER_REFUSING, 2 * log(1.125) + 2 * log(1.25), 2)],
+    # 20 (log(1 + 8^-0.1) + log(1 + 4^-0.1)); 0.1 is the default
+    "altpo": [({}, REFUSING, TEACHER_REFUSING, 20 * (log(1 + 8**-0.1) + log(1 + 4**-0.1)), 2)],
     # log 2 + log 4
     "idk_nll": [({}, REFUSING, None, 3 * log(2), 2)],
     # (1/2, 1/2) and (1, 0) meet in (3/4, 1/4): 1/2 log 4/3 + 1/2 (1/2 log 2/3 + 1/2 log 2).
@@ -354,7 +359,8 @@ def test_entry_of_the_table(name):
     term = TERMS[name]
     assert term.roles and set(term.roles) <= set(ROLES)
     assert term.unit in COUNTS
-    assert term.needs <= OUTPUTS | {"teacher", "incompetent", "alternative"} and term.needs & OUTPUTS
+    assert term.needs <= {*OUTPUTS, *ALTERNATIVES, "teacher", "incompetent", "alternative"} and term.needs & OUTPUTS
+    assert len(term.needs & set(ALTERNATIVES)) == ("alternative" in term.needs), "one source of second answers"
     assert not {"teacher", "incompetent"} <= term.needs
     assert ("hidden" in term.needs) == ("layer" in term_parameters(name))
     assert term.paper and term.summary
@@ -373,6 +379,10 @@ def test_row_in_the_page_of_methods(name, repo):
 def test_parameters_are_read_from_the_function():
     assert [(k, d) for k, (_, d) in term_parameters("simnpo").items()] == [("beta", 4.5), ("delta", 0.0)]
     assert term_parameters("nll") == {}
+    # Those of what is made before training do not reach the loss.
+    assert [(k, d) for k, (_, d) in term_parameters("altpo").items()] == [("beta", 0.1), ("alternatives", 5)]
+    (active,) = active_terms("forget", {"altpo": {"alternatives": 2}})
+    assert active.parameters == {"beta": 0.1} and active.preparation == Generated(alternatives=2)
 
 
 def test_importing_the_table_imports_neither_torch_nor_transformers():

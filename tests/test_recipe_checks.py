@@ -37,6 +37,9 @@ MISTAKES = {
         "expected <forget terms>; found 'kl'"),
     "no forget term": ("{npo: {beta: 0.2}}", "{}",
         "r.yaml:14: unlearning.forget: names no term; expected <forget terms>"),
+    "two sources of second answers": ("{npo: {beta: 0.2}}", "{dpo: {}, npo: {}, idk: {}}",
+        "r.yaml:14: unlearning.forget: dpo and idk ask for different second answers (column and refusal), and an "
+        "example gets one at a time: take one of them, or put them into two requests."),
     "unknown section": ("learning:\n  training: {learning_rate: 2", "lerning:\n  training: {learning_rate: 2",
         "r.yaml:11: lerning: unknown key; expected one of recipe_version, name, seed, family, model, "
         "adapter, data, requests, "

@@ -103,6 +103,30 @@ def test_second_answers_are_drawn_evenly():
     assert drawn == {tuple(refusal): 3 for refusal in REFUSALS}
 
 
+OWN = [[[100 + i, 0], [200 + i, 0], [300 + i, 0]][: i + 1] for i in range(3)]  # example i has i + 1 answers
+
+
+def test_answers_of_its_own_are_all_used_before_one_comes_again():
+    data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, own_alternatives={"forget": OWN})
+    for i in range(3):
+        drawn = [data[epoch * 3 + i]["forget"]["alternative"] for epoch in range(12)]
+        assert {tuple(one["input_ids"][:2]) for one in drawn} == {(1, 2)}
+        tails = [one["input_ids"][2] for one in drawn]
+        passes = [tails[j : j + i + 1] for j in range(0, 12, i + 1)]
+        assert all(sorted(one) == [answer[0] for answer in OWN[i]] for one in passes[: 12 // (i + 1)])
+        assert len({tuple(one) for one in passes}) > 1 or i == 0  # in orders of their own
+    assert "alternative" not in data[0]["retain"]
+
+
+def test_answers_of_its_own_follow_the_example_that_is_drawn():
+    own = [[[500 + i, 0]] for i in range(5)]
+    data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, own_alternatives={"retain": own})
+    for draw in [*range(15), 3, 1]:
+        drawn = data[draw]["retain"]
+        assert drawn["alternative"]["input_ids"] == [3, 500 + drawn["input_ids"][-1] - 50, 0]
+        assert "alternative" not in data[draw]["forget"]
+
+
 # ---- the order of an epoch ---------------------------------------------------------------------------------
 
 

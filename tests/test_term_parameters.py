@@ -35,6 +35,8 @@ REFUSED = [
     ("forget", "undial", "beta", "0", "expected a number above 0; found 0"),
     ("forget", "ce_u", "ignore_first_n", "-1", "expected a number of at least 0; found -1"),
     ("forget", "ce_u", "ignore_first_n", "1.5", "expected a whole number; found 1.5"),
+    ("forget", "dpo", "beta", "0", "expected a number above 0; found 0"),
+    ("forget", "altpo", "alternatives", "0", "expected a number of at least 1; found 0"),
     ("forget", "rmu", "steering_coefficient", "0.0", "expected a number above 0; found 0.0"),
     ("forget", "rmu", "seed", "-1", "expected a number of at least 0; found -1"),
     ("forget", "rmu", "layer", "-1", "expected a number of at least 0; found -1"),

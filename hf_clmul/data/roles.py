@@ -25,6 +25,8 @@ class RoleDataset(Dataset):
     Its index is a *draw*, epoch * len(anchor) + i. The anchor is example i; another role's partner is entry
     draw mod n of that role's permutation number draw div n. So every pass over a role sees each example once.
     `alternatives`, encoded answers, are drawn in the same way for the roles `answered` (left out: for the anchor).
+    `own_alternatives` has, for other roles, answers that belong to each example: in pass p over the role it gets number p
+    of a permutation of its own, begun anew after all were used.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class RoleDataset(Dataset):
         seed: int,
         alternatives: Sequence[list[int]] = (),
         answered: Collection[str] | None = None,
+        own_alternatives: Mapping[str, Sequence[Sequence[list[int]]]] | None = None,
     ) -> None:
         self.roles, self.anchor, self.seed, self.alternatives = dict(roles), anchor, seed, alternatives
         self.answered = {anchor} if answered is None else set(answered)
+        self.own_alternatives = dict(own_alternatives or {})
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -59,7 +63,17 @@ class RoleDataset(Dataset):
                 stream = "alternative" if role == self.anchor else f"alternative/{role}"
                 choice = self.alternatives[self.partner(stream, len(self.alternatives), draw)]
                 drawn[role] = {**drawn[role], "alternative": _answer_with(drawn[role], choice)}
+        for role in self.own_alternatives:
+            drawn[role] = {**drawn[role], "alternative": _answer_with(drawn[role], self._own(role, draw))}
         return drawn
+
+    def _own(self, role: str, draw: int) -> list[int]:
+        """The alternative of the example of `role` in this draw."""
+        size = len(self.roles[role])
+        passed, index = draw // size, draw % size if role == self.anchor else self.partner(role, size, draw)
+        choices = self.own_alternatives[role][index]
+        again, turn = divmod(passed, len(choices))
+        return choices[permutation(len(choices), self.seed, "own alternative", role, index, again)[turn]]
 
 
 class EpochSampler(Sampler[int]):

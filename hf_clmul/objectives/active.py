@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from hf_clmul.objectives import TERMS, Term, term_parameters
+from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords, term_parameters
 from hf_clmul.objectives.counts import COUNTS
 from hf_clmul.recipe_problems import explained
 
@@ -21,12 +21,14 @@ DEFAULT_TERMS = {"learn": "nll", "forget": "npo", "retain": "kl", "memory": "nll
 
 @dataclass(frozen=True)
 class ActiveTerm:
-    """A term with all its parameters, given or default, and its weight inside its role."""
+    """A term with all its parameters, given or default, and its weight inside its role. `parameters` are those of its
+    function; `preparation` holds the others, where there are any."""
 
     name: str
     term: Term
     parameters: dict[str, Any]
     weight: float
+    preparation: Any = None
 
     def count(self, lengths: Sequence[int], alternatives: int) -> int:
         """Its count in a batch, from the supervised tokens of each sequence, the last `alternatives` being
@@ -45,7 +47,21 @@ def active_terms(role: str, wanted: Mapping[str, Any] | str | None) -> list[Acti
         wanted = DEFAULT_TERMS[role]
     if isinstance(wanted, str):
         wanted = {wanted: {}}
+    if problem := odd_company([name for name in wanted if name in TERMS]):
+        raise ValueError(f"{role}: {problem}")
     return [_active(role, name, dict(parameters or {})) for name, parameters in wanted.items()]
+
+
+def odd_company(names: Sequence[str]) -> str:
+    """Why these terms cannot act on one role together; empty if they can."""
+    asking = {source: name for name in reversed(names) for source in ALTERNATIVES if source in TERMS[name].needs}
+    if len(asking) < 2:
+        return ""
+    (one, first), (other, second), *_ = sorted(asking.items(), key=lambda item: names.index(item[1]))
+    return (
+        f"{first} and {second} ask for different second answers ({one} and {other}), and an example gets one at a time: "
+        "take one of them, or put them into two requests."
+    )
 
 
 def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
@@ -66,7 +82,14 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
             raise ValueError(f"{role}/{name}: {parameter}: {text}") from None
     filled = {parameter: default for parameter, (_, default) in known.items()} | parameters
     weight = float(filled.pop("weight"))
-    return ActiveTerm(name, TERMS[name], filled, weight)
+    made_before = TERMS[name].preparation
+    others = {parameter: filled.pop(parameter) for parameter in keywords(made_before)}
+    return ActiveTerm(name, TERMS[name], filled, weight, made_before(**others) if made_before is not None else None)
+
+
+def alternatives_from(terms: Sequence[ActiveTerm]) -> str | None:
+    """Where the second answers of a role's terms come from, one of ALTERNATIVES; None where no term asks for one."""
+    return next((source for t in terms for source in ALTERNATIVES if source in t.term.needs), None)
 
 
 def needs(terms: list[ActiveTerm], of_teacher: bool = False) -> frozenset[str]:

@@ -1,0 +1,41 @@
+"""Terms that need more than batches, in whole runs: `hf-clmul run` gives them what they need."""
+
+import json
+
+import pytest
+from small_run import execute, outcome, write_recipe
+
+UNLEARNING = "unlearning: {training:"
+PEOPLE = "path: builtin:invented_people, persons: 2}"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
+
+
+def run(folder, forget, *changes, kind="full", retain="{nll: {}}"):
+    terms = f"unlearning: {{forget: {forget}, retain: {retain}, training:"
+    return execute(write_recipe(folder, kind, (UNLEARNING, terms), *changes), folder / "out")
+
+
+def logged(report):
+    file = report.parents[1] / "requests/01-unlearn-one/log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_altpo_with_an_adapter(tmp_path):
+    report = run(tmp_path, "{altpo: {alternatives: 2, beta: 0.5}}", ("dropout: 0.2", "dropout: 0.0"), kind="lora")
+    (file,) = (tmp_path / "cache/alternatives").iterdir()
+    assert {len(texts) for texts in json.loads(file.read_text())} == {2}
+    losses = [line["loss/forget/altpo"] for line in logged(report) if "loss/forget/altpo" in line]
+    assert losses[0] == pytest.approx(4 * 0.6931, rel=1e-3) and losses[-1] < losses[0]  # (2 / 0.5) log 2
+
+
+def test_dpo_takes_the_column_that_the_recipe_names(tmp_path):
+    rows = [{"question": f"Who is {i}?", "answer": f"It is {i}.", "person": f"P0{i % 2 + 1}", "other": f"No idea {i}."}
+            for i in range(8)]  # fmt: skip
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = run(tmp_path, "{dpo: {}}", (PEOPLE, "path: people.jsonl, columns: {alternative: other}}"))
+    assert any("loss/forget/dpo" in line for line in logged(report))
+    assert outcome(report.parents[1])["steps"][-1] == 4
