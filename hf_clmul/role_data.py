@@ -11,7 +11,7 @@ from hf_clmul.data.roles import RoleDataset
 from hf_clmul.data.sources import encode_dataset, refusals
 from hf_clmul.models import hidden
 from hf_clmul.objectives import FORGET, LEARN, ROLES
-from hf_clmul.objectives.active import ActiveTerm, active_terms, alternatives_from, layers
+from hf_clmul.objectives.active import ActiveTerm, active_terms, alternatives_from, contexts, layers
 
 if TYPE_CHECKING:
     from hf_clmul.training_args import ClmulConfig
@@ -73,7 +73,15 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
     answers = [encode_answer(text, tokenizer) for text in refusals()] if refused else []
     own = {role: _column(role, terms[role], roles[role]) for role, source in sources.items() if source == "column"}
     seed = args.data_seed if args.data_seed is not None else args.seed
-    return RoleDataset(roles, next(iter(terms)), seed, answers, refused, own)
+    shown = {role: contexts(active) for role, active in terms.items()}
+    before = {
+        role: {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
+        for role, texts in shown.items()
+        if texts
+    }
+    return RoleDataset(
+        roles, next(iter(terms)), seed, answers, refused, own, before, tokenizer.bos_token_id if before else None
+    )
 
 
 def _column(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> list[list[list[int]]]:

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -23,6 +24,7 @@ from hf_clmul.objectives.prediction import Prediction
 from hf_clmul.objectives.preference import log_sigmoid
 from hf_clmul.objectives.preparation import Generated
 
+OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts"}
 EMPTY = inspect.Parameter.empty
 every_term = pytest.mark.parametrize("name", TERMS)
 
@@ -64,6 +66,10 @@ WORDS = distributions([THIRDS, LOPSIDED, LOPSIDED], [0, 0, 1], [1, 0, 2])
 FLAT, LEANING = [1 / 2, 1 / 2], [1 / 4, 3 / 4]
 # Divergence of (1/4, 3/4) from a flat distribution: 1/4 log 1/2 + 3/4 log 3/2
 LEAN = 0.75 * log(3) - log(2)
+# A teacher that finds both tokens alike; as a novice (3/4, 1/4), as an expert (1/4, 3/4)
+GUIDED = replace(
+    distributions([FLAT]), variants={"novice": distributions([[3 / 4, 1 / 4]]), "expert": distributions([LEANING])}
+)
 # -log sigmoid(log k) = log(1 + 1/k) turns every sigmoid into a logarithm of a simple number.
 HAND = {
     # log 2 + log 4 + log 8
@@ -176,6 +182,13 @@ HAND = {
     ],
     # 1/2 log 2 + 1/2 log 2/3
     "bad_teacher": [({}, distributions([LEANING, FLAT]), distributions([FLAT, FLAT]), log(4 / 3) / 2, 2)],
+    "elm": [
+        # A flat teacher times 3 to 1/3 is (9/10, 1/10): 9/10 log 4 + 1/10 log 4/3
+        ({"eta": 1.0}, distributions([LEANING]), GUIDED, log(4) - 0.1 * log(3), 1),
+        ({"eta": 0.0}, distributions([LEANING]), GUIDED, log(4) - 0.5 * log(3), 1),
+        # By 3^1000, the default, nothing but the novice's token is left.
+        ({}, distributions([LEANING]), GUIDED, log(4), 1),
+    ],
     "scrub": [({}, Q, P, -log(2), 2)],
     "rmu": [
         # A unit vector of one positive number is 1: (1 - 6.5)^2 + (3 - 6.5)^2; 6.5 is the default
@@ -271,7 +284,8 @@ def drawn(like, requires_grad=True):
     logps = draw(3)
     alternative = Prediction(torch.tensor([0, 1, 1]), 2, draw(3) - 4, draw(3, 5), None, torch.tensor([0, 1, 2]))
     hidden = {representation.ZEPHYR: draw(3, 4)}
-    return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden), logps
+    variants = {name: Prediction(rows, 2, logits=draw(3, 5)) for name in ("novice", "expert")}
+    return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden, variants), logps
 
 
 @every_term
@@ -283,6 +297,7 @@ def test_no_gradient_reaches_any_output_of_the_teacher(name):
     for one in (teacher, teacher.alternative):
         assert one.logits.grad is None and one.logps.grad_fn is not None
     assert teacher.hidden[representation.ZEPHYR].grad is None
+    assert all(variant.logits.grad is None for variant in teacher.variants.values())
     outputs = [
         student.logits,
         student.alternative.logits,
@@ -359,7 +374,7 @@ def test_entry_of_the_table(name):
     term = TERMS[name]
     assert term.roles and set(term.roles) <= set(ROLES)
     assert term.unit in COUNTS
-    assert term.needs <= {*OUTPUTS, *ALTERNATIVES, "teacher", "incompetent", "alternative"} and term.needs & OUTPUTS
+    assert term.needs <= OTHERS | OUTPUTS and term.needs & OUTPUTS
     assert len(term.needs & set(ALTERNATIVES)) == ("alternative" in term.needs), "one source of second answers"
     assert not {"teacher", "incompetent"} <= term.needs
     assert ("hidden" in term.needs) == ("layer" in term_parameters(name))

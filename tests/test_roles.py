@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_clmul.data.roles import EpochSampler, RoleDataset, derived_seed, permutation
+from hf_clmul.data.roles import EpochSampler, RoleDataset, derived_seed, in_context, permutation
 
 FORGET = [{"input_ids": [1, 2, 10 + i], "labels": [-100, -100, 10 + i]} for i in range(3)]
 RETAIN = [{"input_ids": [3, 50 + i], "labels": [-100, 50 + i]} for i in range(5)]
@@ -125,6 +125,28 @@ def test_answers_of_its_own_follow_the_example_that_is_drawn():
         drawn = data[draw]["retain"]
         assert drawn["alternative"]["input_ids"] == [3, 500 + drawn["input_ids"][-1] - 50, 0]
         assert "alternative" not in data[draw]["forget"]
+
+
+def test_an_example_in_a_context_is_the_example_behind_a_text():
+    given = {"input_ids": [1, 2, 11, 12], "labels": [-100, -100, 11, 12]}
+    assert in_context(given, [7, 8], None) == {"input_ids": [7, 8, 1, 2, 11, 12], "labels": [-100] * 4 + [11, 12]}
+    # Behind a token that begins every text
+    assert in_context(given, [7, 8], 1) == {"input_ids": [1, 7, 8, 2, 11, 12], "labels": [-100] * 4 + [11, 12]}
+    # A first token that is supervised is predicted by nothing; behind a text it would be.
+    assert in_context({"input_ids": [5, 6], "labels": [5, 6]}, [7], None)["labels"] == [-100, -100, 6]
+    assert in_context({"input_ids": [5, 6], "labels": [5, 6]}, [7], 5) == {
+        "input_ids": [5, 7, 6],
+        "labels": [-100, -100, 6],
+    }
+    assert in_context(given, [], 1) == given
+
+
+def test_only_the_roles_with_contexts_are_shown_in_them():
+    texts = {"novice": [7], "expert": [8, 9]}
+    data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, contexts={"forget": texts}, first_token=1)
+    drawn = data[4]
+    assert drawn["forget"]["contexts"] == {name: in_context(FORGET[1], ids, 1) for name, ids in texts.items()}
+    assert "contexts" not in drawn["retain"] and "contexts" not in FORGET[1]
 
 
 # ---- the order of an epoch ---------------------------------------------------------------------------------

@@ -39,3 +39,9 @@ def test_dpo_takes_the_column_that_the_recipe_names(tmp_path):
     report = run(tmp_path, "{dpo: {}}", (PEOPLE, "path: people.jsonl, columns: {alternative: other}}"))
     assert any("loss/forget/dpo" in line for line in logged(report))
     assert outcome(report.parents[1])["steps"][-1] == 4
+
+
+def test_elm_with_texts_of_the_recipe(tmp_path):
+    report = run(tmp_path, "{elm: {eta: 10, novice: 'No idea: '}}", kind="lora")
+    losses = [line["loss/forget/elm"] for line in logged(report) if "loss/forget/elm" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]

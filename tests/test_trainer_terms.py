@@ -58,8 +58,8 @@ def test_every_term_is_the_mean_over_the_window_for_any_split(tmp_path, source):
                 (active,) = terms = active_terms(role, name)
                 with torch.no_grad():
                     own, old = (
-                        causal_lm.predict(model, batch[role], needs(terms), trainer._accepted, layers(terms))
-                        for model in (student, before)
+                        causal_lm.predict(model, batch[role], needs(terms, of), trainer._accepted, layers(terms))
+                        for model, of in ((student, False), (before, "teacher" in active.term.needs))
                     )
                     targets = uniform(own) if "incompetent" in active.term.needs else old
                     value, count = active.term.function(own, targets, **active.parameters)

@@ -38,8 +38,13 @@ def predict(
 
     `model` may be wrapped (DDP); `accepted` comes from `accepted_inputs` of the bare model. Logits are computed from the
     first supervised column on, never for the prompts before it, where the model's forward allows that. Where only hidden
-    states are asked for, layers above them are not computed.
+    states are asked for, layers above them are not computed. "contexts" asks for logits in the batch's further contexts
+    too, one pass for each.
     """
+    if "contexts" in needs:
+        own = predict(model, batch, needs - {"contexts"}, accepted, layers)
+        asked = {name: predict(model, b, frozenset({"logits"}), accepted) for name, b in batch["contexts"].items()}
+        return replace(own, variants=asked)
     inputs = {name: batch[name] for name in INPUTS if name in accepted}
     keep = batch["keep"]
     if "logits_to_keep" in accepted:

@@ -22,8 +22,9 @@ class Term:
     for it: "logps" [N], "logits" [N, V], "targets" [N], "hidden" [N, H] at the layer that its parameter
     `layer` names; "teacher": the same from the teacher; "incompetent": the same from a teacher that knows
     nothing; "alternative": the same for a second answer, which is, of `ALTERNATIVES`, a "refusal" of the built-in
-    ones, each example's own from a "column" of the data, or "generated" by the model before it is trained.
-    `preparation` holds the parameters of what is made from the model before the first step, if anything is.
+    ones, each example's own from a "column" of the data, or "generated" by the model before it is trained;
+    "contexts": the teacher's logits behind further texts. `preparation` holds the parameters of what it needs beside
+    the batch, where that has any.
     """
 
     function: Callable[..., Any]
@@ -92,6 +93,8 @@ TERMS: dict[str, Term] = {
         "self-distillation with the right token's logit lowered"),
     "bad_teacher": _term(distillation.bad_teacher, GONE, "tokens", "logits incompetent", "arXiv 2205.08096",
         "KL to a teacher that knows nothing"),
+    "elm": _term(distillation.elm, GONE, "tokens", "logits teacher contexts", "arXiv 2410.02760",
+        "distils the teacher as one that has never heard of it", preparation.Contexts),
     "scrub": _term(distillation.scrub, GONE, "tokens", "logits teacher", "arXiv 2302.09880",
         "raises the KL to the teacher; unbounded"),
     "rmu": _term(representation.rmu, GONE, "tokens", "hidden", "arXiv 2403.03218",

@@ -2,7 +2,7 @@
 recipe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any
 
@@ -92,10 +92,16 @@ def alternatives_from(terms: Sequence[ActiveTerm]) -> str | None:
     return next((source for t in terms for source in ALTERNATIVES if source in t.term.needs), None)
 
 
+def contexts(terms: Sequence[ActiveTerm]) -> dict[str, str]:
+    """The texts, by name, behind which a role's teacher is asked once more."""
+    return next((asdict(t.preparation) for t in terms if "contexts" in t.term.needs), {})
+
+
 def needs(terms: list[ActiveTerm], of_teacher: bool = False) -> frozenset[str]:
-    """What must be predicted for these terms together; with `of_teacher`, what the teacher must predict."""
+    """What must be predicted for these terms together; with `of_teacher`, what the teacher must predict, and "contexts" if
+    that must be in them too."""
     wanted = [t.term.needs for t in terms if not of_teacher or "teacher" in t.term.needs]
-    return frozenset().union(*wanted) & OUTPUTS
+    return frozenset().union(*wanted) & (OUTPUTS | {"contexts"} if of_teacher else OUTPUTS)
 
 
 def layers(terms: list[ActiveTerm], of_teacher: bool = False) -> frozenset[float]:

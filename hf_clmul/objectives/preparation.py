@@ -1,5 +1,5 @@
-"""What some terms need made from the live model before the first step, with their settings: parameters of the term that no
-loss sees. No torch, no model."""
+"""What some terms need beside a batch of examples, with its settings: parameters of the term that no loss sees. No torch, no
+model."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,3 +15,14 @@ class Generated:
     """
 
     alternatives: Annotated[int, Ge(1)] = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """`novice`, `expert`: texts that stand before the prompt when the teacher is asked once more.
+
+    ELM (arXiv 2410.02760) names the concept to be erased in them; these name none, as the prompt does that.
+    """
+
+    novice: str = "What follows was written by somebody who has never heard of this subject:\n\n"
+    expert: str = "What follows was written by somebody who knows everything about this subject:\n\n"
