@@ -44,7 +44,21 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     _check_requests(tree, problems)
     for table, role in TERM_TABLES.items():
         _check_terms(tree, table, role, problems)
+    _check_edit(tree, problems)
     check_training(tree, problems)
+
+
+def _check_edit(tree: Tree, problems: Problems) -> None:
+    """An edit takes no step, so that nothing can be retained by one; and it works on whole weights."""
+    for name in tree.section("unlearning", "forget"):
+        if name not in TERMS or not TERMS[name].edit:
+            continue
+        if tree.get("unlearning", "retain") != {}:
+            what = "is an edit, which takes no step, so that no retain term can act"
+            problems.at(tree, ("unlearning", "forget", name), what, hint="add `retain: {}` to `unlearning`")
+        if tree.get("adapter") is not None:
+            what = f"{name} works on whole weights, and to negate an adapter's factors is not to negate their product"
+            problems.at(tree, ("adapter",), what, hint="remove `adapter`, or take another forget term")
 
 
 def _check_name(tree: Tree, key: Key, valid: Iterable[str], kind: str, problems: Problems) -> None:
@@ -175,7 +189,9 @@ def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
 
 
 def _check_parameters(tree: Tree, key: Key, term: str, given: dict[str, Any], problems: Problems) -> None:
-    types = {name: annotation for name, (annotation, _) in term_parameters(term).items()} | {"weight": Weight}
+    types = {name: annotation for name, (annotation, _) in term_parameters(term).items()}
+    if not TERMS[term].edit:
+        types["weight"] = Weight
     for name, value in given.items():
         if name not in types:
             hint = suggestion(name, types)

@@ -3,6 +3,7 @@ conflict rules by their contracts only, and nothing of recipes, run folders or e
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from hf_clmul.gradients.window import (
     statistics,
 )
 from hf_clmul.models import adapters, causal_lm
-from hf_clmul.models.teachers import BeforeRequest, uniform
+from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
-from hf_clmul.preparation import prepare
+from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.preparation import check_preparations, edit, prepare
 from hf_clmul.refusals import refuse
 from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_id, role_terms
 from hf_clmul.training_args import ClmulConfig
@@ -81,11 +83,13 @@ class ClmulTrainer(Trainer):
         if args.activation_checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
         self.teacher: BeforeRequest | None = None
+        self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
         self._pending: list[Batch] = []
         self._sampler: EpochSampler | None = None
         self._accepted = causal_lm.accepted_inputs(model)
         check_layers(model, self.terms)
+        check_preparations(args, model, self.terms)
         super().__init__(
             model, args, RoleCollator(pad_token_id(processing_class)),
             encoded_roles(train_dataset, self.terms, args, processing_class),
@@ -208,11 +212,7 @@ class ClmulTrainer(Trainer):
     def _role_loss(self, model: nn.Module, role: str, batch: Batch, counts: dict[str, int]) -> Tensor:
         """Weighted sum of the role's terms, each divided by its count over the whole window and all ranks."""
         terms = self.terms[role]
-        of_teacher = needs(terms, of_teacher=True)
-        targets = None
-        if of_teacher:
-            with self.teacher.answering() as teacher, self.accelerator.autocast():
-                targets = causal_lm.predict(teacher, batch, of_teacher, self._accepted, layers(terms, of_teacher=True))
+        targets = self._targets(terms, batch)
         prediction = causal_lm.predict(model, batch, needs(terms), self._accepted, layers(terms))
         total = None
         for active in terms:
@@ -230,6 +230,19 @@ class ClmulTrainer(Trainer):
             weighted = loss if active.weight == 1.0 else active.weight * loss
             total = weighted if total is None else total + weighted
         return total
+
+    def _targets(self, terms: list[ActiveTerm], batch: Batch) -> Prediction | None:
+        """What the teacher says, and the reinforced model where a term asks for it."""
+        of_teacher = needs(terms, of_teacher=True)
+        if not of_teacher:
+            return None
+        with self.teacher.answering() as teacher, self.accelerator.autocast():
+            targets = causal_lm.predict(teacher, batch, of_teacher, self._accepted, layers(terms, of_teacher=True))
+        if not any("reinforced" in active.term.needs for active in terms):
+            return targets
+        with self.reinforced.answering() as reinforced, self.accelerator.autocast():
+            said = causal_lm.predict(reinforced, batch, frozenset({"logits"}), self._accepted)
+        return replace(targets, variants={**(targets.variants or {}), REINFORCED: said})
 
     @contextmanager
     def _deferred(self, model: nn.Module) -> Iterator[None]:
@@ -260,7 +273,9 @@ class ClmulTrainer(Trainer):
                 "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
-        prepare(self)
+        if any(active.term.edit for terms in self.terms.values() for active in terms):
+            return edit(self, resume_from_checkpoint)
+        self.reinforced = prepare(self)
         self.teacher = BeforeRequest(self.accelerator.unwrap_model(self.model)) if wanted else None
         self._window = None
         self.rule.state = None
@@ -269,8 +284,8 @@ class ClmulTrainer(Trainer):
             return super().train(resume_from_checkpoint, **kwargs)
         finally:
             self._pending.clear()
-            if self.teacher is not None:
-                self.teacher.release()
+            for teacher in filter(None, (self.teacher, self.reinforced)):
+                teacher.release()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The collapse guard: called before each optimizer step, with the norm that is logged anyway."""

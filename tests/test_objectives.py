@@ -24,9 +24,10 @@ from hf_clmul.objectives.prediction import Prediction
 from hf_clmul.objectives.preference import log_sigmoid
 from hf_clmul.objectives.preparation import Generated
 
-OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts"}
+OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced"}
 EMPTY = inspect.Parameter.empty
-every_term = pytest.mark.parametrize("name", TERMS)
+LOSSES = [name for name, term in TERMS.items() if not term.edit]
+every_term, every_loss = (pytest.mark.parametrize("name", names) for names in (TERMS, LOSSES))
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------
@@ -190,6 +191,32 @@ HAND = {
         ({}, distributions([LEANING]), GUIDED, log(4), 1),
     ],
     "scrub": [({}, Q, P, -log(2), 2)],
+    "whp": [
+        # The first logit rose by 2, the second by 1, the third fell: -6, -4 and 2 are left, e^-8 to e^-6 to 1.
+        (
+            {"alpha": 5.0},
+            distributions([LOPSIDED]),
+            replace(from_logits([[4, 1, 2]]), variants={"reinforced": from_logits([[6, 2, 1]])}),
+            log(4) - log(2) * exp(-8) / (exp(-8) + exp(-6) + 1),
+            1,
+        ),
+        # 5 is the default; (log 8, 0, 0) less 5 log 2 for the first is (log 1/4, 0, 0): (1/9, 4/9, 4/9)
+        (
+            {},
+            distributions([LOPSIDED]),
+            replace(from_logits([[log(8), 0, 0]]), variants={"reinforced": from_logits([[log(16), -1, 0]])}),
+            log(2) / 9 + 8 / 9 * log(4),
+            1,
+        ),
+        # The teacher itself: 1/2 log 4 + 1/2 log 4/3
+        (
+            {"alpha": 0.0},
+            distributions([LEANING]),
+            replace(GUIDED, variants={"reinforced": GUIDED}),
+            log(4) - 0.5 * log(3),
+            1,
+        ),
+    ],
     "rmu": [
         # A unit vector of one positive number is 1: (1 - 6.5)^2 + (3 - 6.5)^2; 6.5 is the default
         ({}, states([[1], [3]]), None, 42.5, 2),
@@ -201,7 +228,7 @@ HAND = {
 
 
 def test_every_term_has_a_value_worked_out_by_hand():
-    assert set(HAND) == set(TERMS)
+    assert set(HAND) == set(LOSSES)
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in HAND.items() for case in cases])
@@ -284,11 +311,11 @@ def drawn(like, requires_grad=True):
     logps = draw(3)
     alternative = Prediction(torch.tensor([0, 1, 1]), 2, draw(3) - 4, draw(3, 5), None, torch.tensor([0, 1, 2]))
     hidden = {representation.ZEPHYR: draw(3, 4)}
-    variants = {name: Prediction(rows, 2, logits=draw(3, 5)) for name in ("novice", "expert")}
+    variants = {name: Prediction(rows, 2, logits=draw(3, 5)) for name in ("novice", "expert", "reinforced")}
     return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden, variants), logps
 
 
-@every_term
+@every_loss
 def test_no_gradient_reaches_any_output_of_the_teacher(name):
     """Whatever the teacher is, also one whose outputs could be differentiated."""
     student, _ = drawn(0)
@@ -373,8 +400,8 @@ def test_the_direction_of_rmu_is_fixed_by_its_seed():
 def test_entry_of_the_table(name):
     term = TERMS[name]
     assert term.roles and set(term.roles) <= set(ROLES)
-    assert term.unit in COUNTS
-    assert term.needs <= OTHERS | OUTPUTS and term.needs & OUTPUTS
+    assert (term.unit in COUNTS) != term.edit
+    assert term.needs <= OTHERS | OUTPUTS and bool(term.needs & OUTPUTS) != term.edit
     assert len(term.needs & set(ALTERNATIVES)) == ("alternative" in term.needs), "one source of second answers"
     assert not {"teacher", "incompetent"} <= term.needs
     assert ("hidden" in term.needs) == ("layer" in term_parameters(name))
@@ -382,6 +409,12 @@ def test_entry_of_the_table(name):
     for parameter, (annotation, default) in term_parameters(name).items():
         assert parameter != "weight", "every term has a weight already"
         assert EMPTY not in (annotation, default), f"{parameter} needs an annotation and a default"
+
+
+def test_a_task_vector_is_taken_back():
+    before, reinforced = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.5, 2.0], [2.0, 8.0]])
+    assert TERMS["task_vector"].function(before, reinforced).tolist() == [[0.5, 2.0], [4.0, 0.0]]  # 1 is the default
+    assert TERMS["task_vector"].function(before, reinforced, scale=0.5).tolist() == [[0.75, 2.0], [3.5, 2.0]]
 
 
 @every_term

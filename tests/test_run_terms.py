@@ -5,6 +5,10 @@ import json
 import pytest
 from small_run import execute, outcome, write_recipe
 
+from hf_clmul.recipe import load_recipe
+from hf_clmul.report import write_report
+from hf_clmul.run import plan_recipe
+
 UNLEARNING = "unlearning: {training:"
 PEOPLE = "path: builtin:invented_people, persons: 2}"
 
@@ -45,3 +49,36 @@ def test_elm_with_texts_of_the_recipe(tmp_path):
     report = run(tmp_path, "{elm: {eta: 10, novice: 'No idea: '}}", kind="lora")
     losses = [line["loss/forget/elm"] for line in logged(report) if "loss/forget/elm" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_whp_starts_from_a_reinforced_model(tmp_path, kind):
+    report = run(tmp_path, "{whp: {epochs: 2, learning_rate: 1e-2}}", kind=kind, retain="{}")
+    losses = [line["loss/forget/whp"] for line in logged(report) if "loss/forget/whp" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert all("learn/nll" not in key for line in logged(report) for key in line)  # its training is not the request's
+    stages = json.loads((tmp_path / "out/results.json").read_text())["stages"]
+    assert "edit" not in stages[-1] and stages[-1]["steps"] == 4
+
+
+def test_an_edit_takes_no_step_and_the_record_says_so(tmp_path):
+    forget = "{task_vector: {scale: 0.5, epochs: 1, learning_rate: 1e-3}}"
+    report = run(tmp_path, forget, retain="{}")
+    (line,) = logged(report)
+    assert 0 < line["edit/task_vector"] < 1 and line["step"] == 0
+    learned, unlearned = json.loads((tmp_path / "out/results.json").read_text())["stages"][1:]
+    assert (unlearned["edit"], unlearned["steps"], unlearned["examples"]) == ("task_vector", 0, {"forget": 8})
+    assert unlearned["weights_sha256"] != learned["weights_sha256"]
+    write_report(tmp_path / "out")  # with figures of a request without steps
+    _, planned = plan_recipe(load_recipe(tmp_path / "recipe.yaml"))
+    assert planned["steps"] == 0 and planned["examples"] == {"forget": 8}
+    assert planned["tokens"] > 0  # of the training behind the edit
+
+
+def test_two_runs_with_an_edit_are_the_same(tmp_path):
+    found = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, "{task_vector: {epochs: 1, learning_rate: 1e-3}}", retain="{}")
+        found.append(outcome(tmp_path / name / "out"))
+    assert found[0] == found[1]

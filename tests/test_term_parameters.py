@@ -39,6 +39,8 @@ REFUSED = [
     ("forget", "altpo", "alternatives", "0", "expected a number of at least 1; found 0"),
     ("forget", "elm", "eta", "-1", "expected a number of at least 0; found -1"),
     ("forget", "elm", "novice", "7", "expected text; found 7"),
+    ("forget", "whp", "alpha", "-1", "expected a number of at least 0; found -1"),
+    ("forget", "whp", "epochs", "0", "expected a number of at least 1; found 0"),
     ("forget", "rmu", "steering_coefficient", "0.0", "expected a number above 0; found 0.0"),
     ("forget", "rmu", "seed", "-1", "expected a number of at least 0; found -1"),
     ("forget", "rmu", "layer", "-1", "expected a number of at least 0; found -1"),

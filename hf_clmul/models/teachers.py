@@ -12,7 +12,7 @@ from torch import nn
 from hf_clmul.models import adapters
 from hf_clmul.objectives.prediction import Prediction
 
-COPY = "before_request"
+COPY, REINFORCED = "before_request", "reinforced"
 
 
 def uniform(student: Prediction) -> Prediction:
@@ -29,6 +29,8 @@ class BeforeRequest:
     takes the copy out again.
     """
 
+    name = COPY  # of the frozen adapter
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copy: nn.Module | None = None
@@ -36,7 +38,7 @@ class BeforeRequest:
         if not isinstance(model, PeftModel) or not adapters.trains_alone(model, model.active_adapter):
             self.copy = deepcopy(model).eval().requires_grad_(False)
         elif not adapters.is_identity(model, model.active_adapter):
-            adapters.copy_frozen(model, model.active_adapter, COPY)
+            adapters.copy_frozen(model, model.active_adapter, self.name)
             self.is_adapter_copy = True
 
     @contextmanager
@@ -49,7 +51,7 @@ class BeforeRequest:
         with adapters.untouched(self.model), torch.no_grad():
             self.model.eval()
             if self.is_adapter_copy:
-                self.model.set_adapter(COPY)
+                self.model.set_adapter(self.name)
                 yield self.model
             else:
                 with self.model.disable_adapter():
@@ -59,5 +61,12 @@ class BeforeRequest:
         """Forgets the copy."""
         self.copy = None
         if self.is_adapter_copy:
-            adapters.remove(self.model, COPY)
+            adapters.remove(self.model, self.name)
             self.is_adapter_copy = False
+
+
+class Reinforced(BeforeRequest):
+    """The model after more training on what is to be forgotten: a frozen copy like the other, made while the model has these
+    weights."""
+
+    name = REINFORCED

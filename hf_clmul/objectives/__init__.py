@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.objectives import distillation, distribution, likelihood, preference, preparation, representation
+from hf_clmul.objectives import distillation, distribution, edits, likelihood, preference, preparation, representation
 
 LEARN, FORGET, RETAIN, MEMORY = "learn", "forget", "retain", "memory"
 ROLES = (LEARN, FORGET, RETAIN, MEMORY)
@@ -23,7 +23,9 @@ class Term:
     `layer` names; "teacher": the same from the teacher; "incompetent": the same from a teacher that knows
     nothing; "alternative": the same for a second answer, which is, of `ALTERNATIVES`, a "refusal" of the built-in
     ones, each example's own from a "column" of the data, or "generated" by the model before it is trained;
-    "contexts": the teacher's logits behind further texts. `preparation` holds the parameters of what it needs beside
+    "contexts": the teacher's logits behind further texts; "reinforced": its logits after more training on the same
+    data. An `edit` changes the weights instead of training: its function takes and returns values of one parameter, it
+    has no unit and no weight, and it stands alone. `preparation` holds the parameters of what it needs beside
     the batch, where that has any.
     """
 
@@ -34,13 +36,14 @@ class Term:
     paper: str
     summary: str
     preparation: type | None = None
+    edit: bool = False
 
 
 def _term(
     function: Callable[..., Any], roles: tuple[str, ...], unit: str, needs: str, paper: str, summary: str,
-    preparation: type | None = None,
+    preparation: type | None = None, edit: bool = False,
 ) -> Term:  # fmt: skip
-    return Term(function, roles, unit, frozenset(needs.split()), paper, summary, preparation)
+    return Term(function, roles, unit, frozenset(needs.split()), paper, summary, preparation, edit)
 
 
 KEPT, GONE = (LEARN, RETAIN, MEMORY), (FORGET,)
@@ -97,8 +100,12 @@ TERMS: dict[str, Term] = {
         "distils the teacher as one that has never heard of it", preparation.Contexts),
     "scrub": _term(distillation.scrub, GONE, "tokens", "logits teacher", "arXiv 2302.09880",
         "raises the KL to the teacher; unbounded"),
+    "whp": _term(distillation.whp, GONE, "tokens", "logits teacher reinforced", "arXiv 2310.02238",
+        "distils the teacher less what more training on the data raises", preparation.Reinforced),
     "rmu": _term(representation.rmu, GONE, "tokens", "hidden", "arXiv 2403.03218",
         "steers a layer's hidden states to a random direction"),
+    "task_vector": _term(edits.task_vector, GONE, "-", "reinforced", "arXiv 2212.04089",
+        "an edit: takes back what more training on the data changes", preparation.FineTuned, edit=True),
 }
 # fmt: on
 

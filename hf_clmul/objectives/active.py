@@ -54,6 +54,10 @@ def active_terms(role: str, wanted: Mapping[str, Any] | str | None) -> list[Acti
 
 def odd_company(names: Sequence[str]) -> str:
     """Why these terms cannot act on one role together; empty if they can."""
+    if len(names) > 1 and (edits := [name for name in names if TERMS[name].edit]):
+        return (
+            f"{edits[0]} is an edit, which takes no step and stands alone: put the other terms into a further request."
+        )
     asking = {source: name for name in reversed(names) for source in ALTERNATIVES if source in TERMS[name].needs}
     if len(asking) < 2:
         return ""
@@ -70,7 +74,9 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
         near = get_close_matches(name, possible, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{role}: no term {name!r} for this role; there are {', '.join(possible)}.{hint}")
-    known = {**term_parameters(name), "weight": (Annotated[float, Ge(0)], 1.0)}
+    known = term_parameters(name)
+    if not TERMS[name].edit:
+        known["weight"] = Annotated[float, Ge(0)], 1.0
     for parameter, value in parameters.items():
         if parameter not in known:
             raise ValueError(f"{role}/{name}: unknown parameter {parameter!r}; there are {', '.join(known)}.")
@@ -81,7 +87,7 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
             text = f"expected {why['expected']}; found {why['found']}."
             raise ValueError(f"{role}/{name}: {parameter}: {text}") from None
     filled = {parameter: default for parameter, (_, default) in known.items()} | parameters
-    weight = float(filled.pop("weight"))
+    weight = float(filled.pop("weight", 1.0))
     made_before = TERMS[name].preparation
     others = {parameter: filled.pop(parameter) for parameter in keywords(made_before)}
     return ActiveTerm(name, TERMS[name], filled, weight, made_before(**others) if made_before is not None else None)

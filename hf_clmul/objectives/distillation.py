@@ -109,3 +109,16 @@ def scrub(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
     """
     value, count = kl(student, teacher)
     return -value, count
+
+
+def whp(student: Prediction, teacher: Prediction, *, alpha: Annotated[float, Ge(0)] = 5.0) -> "tuple[Tensor, int]":
+    """Generic prediction: cross-entropy with softmax(z - alpha relu(z_reinforced - z)), z the teacher's logits; count N.
+
+    Eldan and Russinovich (arXiv 2310.02238, "Who's Harry Potter?", equation 1): what more training on the data raises is
+    what belongs to it. In nats, over the N supervised tokens; logits [N, V]; no gradient reaches the two. Default 5:
+    theirs. Two things differ: they learn the most likely token of that distribution, here it is the whole of it; and
+    they replace names in the text before (the anchor terms), which is not built.
+    """
+    z, reinforced = teacher.logits.detach(), teacher.variants["reinforced"].logits.detach()
+    target = (z - alpha * (reinforced - z).clamp(min=0)).softmax(-1)
+    return -(target * student.logits.log_softmax(-1)).sum(), student.tokens

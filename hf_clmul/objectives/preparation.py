@@ -4,7 +4,7 @@ model."""
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +26,22 @@ class Contexts:
 
     novice: str = "What follows was written by somebody who has never heard of this subject:\n\n"
     expert: str = "What follows was written by somebody who knows everything about this subject:\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforced:
+    """The model trained further on what is to be forgotten, with `nll`: for so many `epochs` at a constant `learning_rate`.
+
+    Defaults of Eldan and Russinovich (arXiv 2310.02238) for Llama-2-7B; a small adapter needs a much higher rate.
+    """
+
+    epochs: Annotated[int, Ge(1)] = 3
+    learning_rate: Annotated[float, Gt(0)] = 3e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned(Reinforced):
+    """The same, with the defaults of the code of MUSE (arXiv 2407.06460) for task vectors."""
+
+    epochs: Annotated[int, Ge(1)] = 5
+    learning_rate: Annotated[float, Gt(0)] = 1e-5
