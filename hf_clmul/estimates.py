@@ -20,8 +20,7 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
 
     `tokens` are those of all roles' examples, each as often as it is seen (a last partial pass counts at mean length), also
     in training that a term asks for before its own; `memory_bytes` is weights, gradients, AdamW state, teachers and
-    snapshots, before activations. Raises RecipeError for a model or an example that
-    cannot be used.
+    snapshots, before activations. Raises RecipeError for a model or an example that cannot be used.
     """
     if recipe.model.scratch is not None:
         model, tokenizer = make(recipe.model.scratch, texts, 0)

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, TrainOutput
 
 from hf_clmul.data.roles import derived_seed
@@ -120,7 +121,11 @@ def reinforcing(trainer: "ClmulTrainer", how: settings.Reinforced) -> Iterator[n
 def _arguments(args: "ClmulConfig", how: settings.Reinforced) -> "ClmulConfig":
     """The request's own, but for one plain role, the term's rate and epochs, and nothing written or shown."""
     own = copy.copy(args)
-    own.learn, own.forget, own.retain, own.memory, own.conflict = {"nll": {}}, None, None, None, "sum"
+    inherited = {field.name for field in fields(TrainingArguments)} | {"max_length"}
+    for field in fields(args):
+        if field.name not in inherited:  # whatever makes an unlearning request of it
+            setattr(own, field.name, field.default)
+    own.learn = {"nll": {}}
     own.num_train_epochs, own.max_steps, own.learning_rate = how.epochs, -1, how.learning_rate
     own.lr_scheduler_type, own.lr_scheduler_kwargs, own.warmup_steps = SchedulerType.CONSTANT, None, 0
     own.seed, own.data_seed = derived_seed(args.seed, "reinforced"), None

@@ -1,20 +1,23 @@
 """The reinforced model, and edits: the training behind them is a plain one, and leaves no trace but what was asked for."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_gpt2
 from trainer_bed import LORA, TOKENIZER, Stop, adapted, lines, llama, make, same, trained, two_roles, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from hf_clmul import preparation
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.models import causal_lm
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
+from hf_clmul.objectives.preparation import Reinforced
 from hf_clmul.preparation import check_preparations, reinforcing
+from hf_clmul.training_args import ClmulConfig
 
 HOW = {"epochs": 2, "learning_rate": 0.05}
 WHP = {"forget": {"whp": HOW}}
@@ -131,6 +134,25 @@ def test_a_collapse_of_the_training_before_gives_the_weights_back(tmp_path):
     with pytest.raises(RunError, match="training collapsed"):
         trainer.train()
     assert same(weights(trainer.model), before)
+
+
+def test_nothing_of_the_request_acts_on_the_training_before_it(tmp_path):
+    """Also no field of ClmulConfig that comes later."""
+    given = {
+        "forget": "whp",
+        "retain": {"kl": {"weight": 2.0}},
+        "conflict": {"agem": {"margin": 0.1}},
+        "max_length": 77,
+    }
+    args = ClmulConfig(str(tmp_path), use_cpu=True, gradient_accumulation_steps=3, data_seed=5, **given)
+    how, default = Reinforced(epochs=7, learning_rate=0.3), ClmulConfig(str(tmp_path), use_cpu=True)
+    found = preparation._arguments(args, how)
+    own = {field.name for field in fields(ClmulConfig)} - {field.name for field in fields(TrainingArguments)}
+    assert {"forget", "retain", "conflict", "teacher", "max_length"} <= own
+    assert {name for name in own if getattr(found, name) != getattr(default, name)} == {"learn", "max_length"}
+    assert (found.learn, found.max_length, found.gradient_accumulation_steps) == ({"nll": {}}, 77, 3)
+    assert (found.num_train_epochs, found.max_steps, found.learning_rate) == (7, -1, 0.3)
+    assert found.data_seed is None and found.seed != args.seed and args.forget == "whp"
 
 
 # ---- edits ---------------------------------------------------------------------------------------------------
