@@ -1,13 +1,14 @@
 """What a run would cost, worked out without training: steps, tokens, trainable parameters, memory. Weights are not loaded;
 the architecture is built on the meta device."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_clmul.data.sources import encode_dataset
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
+from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
 from hf_clmul.plan import Step, draws, optimizer_steps
 from hf_clmul.recipe_schema import Recipe
@@ -17,9 +18,9 @@ from hf_clmul.training_args import ClmulConfig
 def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> list[dict[str, Any]]:
     """One entry a request, for one process. `texts` train the tokenizer of a model made from scratch.
 
-    `tokens` are those of all roles' examples, each as often as it is seen (a last partial pass counts at mean length);
-    `memory_bytes` is weights, gradients, AdamW state, teacher and snapshots, before activations. Raises RecipeError for a
-    model or an example that cannot be used.
+    `tokens` are those of all roles' examples, each as often as it is seen (a last partial pass counts at mean length), also
+    in training that a term asks for before its own; `memory_bytes` is weights, gradients, AdamW state, teachers and
+    snapshots, before activations. Raises RecipeError for a model or an example that cannot be used.
     """
     if recipe.model.scratch is not None:
         model, tokenizer = make(recipe.model.scratch, texts, 0)
@@ -37,9 +38,14 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
             _mean([len(row["input_ids"]) for row in encode_dataset(rows, tokenizer, length, f"{step.name}, {role}")])
             for role, rows in step.roles.items()
         ]
+        terms = recipe.unlearning.forget if step.kind == "unlearn" else {}
+        edited = any(TERMS[name].edit for name in terms)
+        tokens = 0 if edited else sum(means) * draws(step, training)
+        if reinforced := _reinforced(terms):
+            tokens += reinforced.epochs * len(step.roles["forget"]) * means[list(step.roles).index("forget")]
         entries.append({
             "request": step.name, "examples": {role: len(rows) for role, rows in step.roles.items()},
-            "steps": optimizer_steps(step, training), "tokens": round(sum(means) * draws(step, training)),
+            "steps": 0 if edited else optimizer_steps(step, training), "tokens": round(tokens),
             "how": step.how, "why": _why(recipe, step), **_size(recipe, step, model),
         })  # fmt: skip
     return entries
@@ -54,7 +60,8 @@ def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
     snapshots = 0
     if rule.needs and len(step.roles) > 1:
         snapshots = len(step.roles) - 1 + ("state" in rule.needs)
-    copies = 3 + snapshots + _teacher_is_a_copy(recipe, step)
+    reinforced = step.kind == "unlearn" and _reinforced(recipe.unlearning.forget) is not None
+    copies = 3 + snapshots + _teacher_is_a_copy(recipe, step) + reinforced
     return {
         "trainable_parameters": sum(p.numel() for p in trained),
         "memory_bytes": weights + copies * sum(p.numel() * p.element_size() for p in trained),
@@ -66,6 +73,11 @@ def _teacher_is_a_copy(recipe: Recipe, step: Step) -> bool:
     wanted = {"learn": recipe.learning.learn, "forget": recipe.unlearning.forget, "retain": recipe.unlearning.retain}
     wants = any("teacher" in active.term.needs for role in step.roles for active in active_terms(role, wanted[role]))
     return wants and not (step.kind == "learn" and recipe.adapter is not None)
+
+
+def _reinforced(terms: Mapping[str, Any]) -> Any:
+    """The settings of the training on the forget data that a term asks for before its own, or None."""
+    return next((t.preparation for t in active_terms("forget", terms) if "reinforced" in t.term.needs), None)
 
 
 def _mean(numbers: Sequence[int]) -> float:

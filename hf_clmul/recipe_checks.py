@@ -12,6 +12,7 @@ from hf_clmul.gradients.active import parameter_problem
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
+from hf_clmul.objectives.active import odd_company
 from hf_clmul.recipe_problems import Key, Problems, dotted, explained, one_of, shown, suggestion
 from hf_clmul.recipe_schema import Weight
 from hf_clmul.recipe_training import check_training, requests
@@ -43,7 +44,21 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     _check_requests(tree, problems)
     for table, role in TERM_TABLES.items():
         _check_terms(tree, table, role, problems)
+    _check_edit(tree, problems)
     check_training(tree, problems)
+
+
+def _check_edit(tree: Tree, problems: Problems) -> None:
+    """An edit takes no step, so that nothing can be retained by one; and it works on whole weights."""
+    for name in tree.section("unlearning", "forget"):
+        if name not in TERMS or not TERMS[name].edit:
+            continue
+        if tree.get("unlearning", "retain") != {}:
+            what = "is an edit, which takes no step, so that no retain term can act"
+            problems.at(tree, ("unlearning", "forget", name), what, hint="add `retain: {}` to `unlearning`")
+        if tree.get("adapter") is not None:
+            what = f"{name} works on whole weights, and to negate an adapter's factors is not to negate their product"
+            problems.at(tree, ("adapter",), what, hint="remove `adapter`, or take another forget term")
 
 
 def _check_name(tree: Tree, key: Key, valid: Iterable[str], kind: str, problems: Problems) -> None:
@@ -162,6 +177,8 @@ def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
     fitting = [name for name, term in TERMS.items() if role in term.roles]
     if tree.get(*table) == {} and role != "retain":  # forgetting without retaining is a baseline of the field
         problems.at(tree, table, "names no term", one_of(fitting))
+    if problem := odd_company([name for name in tree.section(*table) if name in fitting]):
+        problems.at(tree, table, problem)
     for name, given in tree.section(*table).items():
         key = (*table, name)
         if name not in TERMS:
@@ -175,7 +192,9 @@ def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
 
 
 def _check_parameters(tree: Tree, key: Key, term: str, given: dict[str, Any], problems: Problems) -> None:
-    types = {name: annotation for name, (annotation, _) in term_parameters(term).items()} | {"weight": Weight}
+    types = {name: annotation for name, (annotation, _) in term_parameters(term).items()}
+    if not TERMS[term].edit:
+        types["weight"] = Weight
     for name, value in given.items():
         if name not in types:
             hint = suggestion(name, types)

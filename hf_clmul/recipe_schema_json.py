@@ -69,7 +69,7 @@ def _terms(role: str) -> dict[str, Any]:
 
 
 def _parameters(term: str) -> dict[str, Any]:
-    return _values({"weight": (Weight, 1.0), **term_parameters(term)})
+    return _values(({} if TERMS[term].edit else {"weight": (Weight, 1.0)}) | term_parameters(term))
 
 
 def _values(parameters: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

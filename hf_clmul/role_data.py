@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_clmul.data.encoding import encode_answer
+from hf_clmul.data.encoding import Encoded, encode_answer
 from hf_clmul.data.roles import RoleDataset
 from hf_clmul.data.sources import encode_dataset, refusals
 from hf_clmul.models import hidden
 from hf_clmul.objectives import FORGET, LEARN, ROLES
-from hf_clmul.objectives.active import ActiveTerm, active_terms, layers
+from hf_clmul.objectives.active import ActiveTerm, active_terms, alternatives_from, contexts, layers
 
 if TYPE_CHECKING:
     from hf_clmul.training_args import ClmulConfig
@@ -72,10 +72,33 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
     empty = [role for role, examples in roles.items() if len(examples) == 0]
     if empty:
         raise ValueError(f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}.")
-    wanted = [role for role, active in terms.items() if any("alternative" in t.term.needs for t in active)]
-    answers = [encode_answer(text, tokenizer) for text in refusals()] if wanted else []
+    sources = {role: alternatives_from(active) for role, active in terms.items()}
+    refused = [role for role, source in sources.items() if source == "refusal"]
+    answers = [encode_answer(text, tokenizer) for text in refusals()] if refused else []
+    own = {role: _column(role, terms[role], roles[role]) for role, source in sources.items() if source == "column"}
     seed = args.data_seed if args.data_seed is not None else args.seed
-    return RoleDataset(roles, next(iter(terms)), seed, answers, wanted)
+    shown = {role: contexts(active) for role, active in terms.items()}
+    before = {
+        role: {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts.items()}
+        for role, texts in shown.items()
+        if texts
+    }
+    return RoleDataset(
+        roles, next(iter(terms)), seed, answers, refused, own, before, tokenizer.bos_token_id if before else None
+    )
+
+
+def _column(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> list[list[list[int]]]:
+    """The second answer that each example brings. Raises ValueError for one without."""
+    without = [i for i, example in enumerate(examples) if not example.get("alternative_ids")]
+    if without:
+        (term, *_) = (t.name for t in terms if "column" in t.term.needs)
+        raise ValueError(
+            f"{role}/{term}: example {without[0]} ({len(without)} of {len(examples)}) has no second answer: give the data "
+            "a column `alternative` with the text to prefer (in a recipe, `columns: {alternative: YOUR_NAME}` of the data "
+            "section), or take a term that needs none, such as idk, which prefers refusals."
+        )
+    return [[example["alternative_ids"]] for example in examples]
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -147,9 +147,12 @@ def _train(run: Run, step: Step) -> dict[str, Any]:
             shown.close()
         # Accelerate wraps forward in autocast for good; evaluation and later requests start from the bare model.
         run.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    # The record says of an edit why there were no steps.
+    edit = next((t.name for terms in trainer.terms.values() for t in terms if t.term.edit), None)
     return {
         "seconds": round(shown.seconds, 3),
         "steps": done.global_step,
+        **({} if edit is None else {"edit": edit}),
         "weights_sha256": weights_sha256(run.model) if run.main else None,
     }
 

@@ -3,6 +3,7 @@ conflict rules by their contracts only, and nothing of recipes, run folders or e
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from hf_clmul.gradients.options import Lookahead, Saliency, options
 from hf_clmul.gradients.resolve import Change, resolve
 from hf_clmul.gradients.window import Gradient, GradientWindow
 from hf_clmul.models import adapters, causal_lm
-from hf_clmul.models.teachers import BeforeRequest, uniform
+from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
 from hf_clmul.models.trainable import matching, only_trainable
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
+from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.preparation import check_preparations, edit, prepare
 from hf_clmul.refusals import refuse
 from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_id, role_terms
 from hf_clmul.salient import SalientPart
@@ -88,6 +91,7 @@ class ClmulTrainer(Trainer):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
         self.teacher: BeforeRequest | None = None
         self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
+        self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
         self._change: Change | None = None
         self._pending: list[Batch] = []
@@ -96,6 +100,7 @@ class ClmulTrainer(Trainer):
         check_layers(model, self.terms)
         if args.trainable is not None:
             matching(model, args.trainable)  # to refuse it now
+        check_preparations(args, model, self.terms)
         super().__init__(
             model, args, RoleCollator(pad_token_id(processing_class)),
             encoded_roles(train_dataset, self.terms, args, processing_class),
@@ -214,11 +219,7 @@ class ClmulTrainer(Trainer):
         """Weighted sum of the role's terms, each divided by its count over the whole window and all ranks. `again`: it is
         logged already."""
         terms = self.terms[role]
-        of_teacher = needs(terms, of_teacher=True)
-        targets = None
-        if of_teacher:
-            with self.teacher.answering() as teacher, self.accelerator.autocast():
-                targets = causal_lm.predict(teacher, batch, of_teacher, self._accepted, layers(terms, of_teacher=True))
+        targets = self._targets(terms, batch)
         prediction = causal_lm.predict(model, batch, needs(terms), self._accepted, layers(terms))
         total = None
         for active in terms:
@@ -237,6 +238,19 @@ class ClmulTrainer(Trainer):
             weighted = loss if active.weight == 1.0 else active.weight * loss
             total = weighted if total is None else total + weighted
         return total
+
+    def _targets(self, terms: list[ActiveTerm], batch: Batch) -> Prediction | None:
+        """What the teacher says, and the reinforced model where a term asks for it."""
+        of_teacher = needs(terms, of_teacher=True)
+        if not of_teacher:
+            return None
+        with self.teacher.answering() as teacher, self.accelerator.autocast():
+            targets = causal_lm.predict(teacher, batch, of_teacher, self._accepted, layers(terms, of_teacher=True))
+        if not any("reinforced" in active.term.needs for active in terms):
+            return targets
+        with self.reinforced.answering() as reinforced, self.accelerator.autocast():
+            said = causal_lm.predict(reinforced, batch, frozenset({"logits"}), self._accepted)
+        return replace(targets, variants={**(targets.variants or {}), REINFORCED: said})
 
     @contextmanager
     def deferred(self, model: nn.Module) -> Iterator[None]:
@@ -272,6 +286,9 @@ class ClmulTrainer(Trainer):
         self.rule.start(len(self.terms))
         self._log = WindowLog(self.accelerator)
         with only_trainable(model, self.args.trainable):
+            if any(active.term.edit for terms in self.terms.values() for active in terms):
+                return edit(self, resume_from_checkpoint)
+            self.reinforced = prepare(self)
             self.teacher = BeforeRequest(model) if wanted else None
             if self.salient.wanted and not resume_from_checkpoint:
                 self.salient.choose(model, self._forget_gradient(model), self.args.seed)
@@ -279,8 +296,8 @@ class ClmulTrainer(Trainer):
                 return super().train(resume_from_checkpoint, **kwargs)
             finally:
                 self._pending.clear()
-                if self.teacher is not None:
-                    self.teacher.release()
+                for teacher in filter(None, (self.teacher, self.reinforced)):
+                    teacher.release()
 
     def _forget_gradient(self, model: nn.Module) -> dict[str, Tensor]:
         """Gradient {parameter: tensor} of the forget answers' mean log-probability, at the model as it is. Every rank works out

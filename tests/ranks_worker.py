@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -118,6 +119,7 @@ def of_this_rank(gram: list[list[float]]) -> list[float]:
 
 
 BOTH = {"forget": {"npo": {"beta": 0.2}}, "retain": {"kl": {}, "nll": {"weight": 0.5}}}
+REINFORCED = {"epochs": 2, "learning_rate": 0.01}
 BRANCHED = {"build": branched, "retain": "nll"}
 CASES: dict[str, dict[str, Any]] = {
     **{f"{rule}, views {'on' if views else 'off'}": {"build": llama, **BOTH, "conflict": rule, "views": views}
@@ -125,6 +127,10 @@ CASES: dict[str, dict[str, Any]] = {
     "nothing unused is looked for": {"build": llama, **BOTH, "views": True, "ddp_find_unused_parameters": False},
     "rule differs by rank": {"build": llama, **BOTH, "conflict_rule": of_this_rank},
     "idk": {"build": llama, "forget": "idk", "retain": "nll"},
+    "altpo": {"build": llama, "forget": {"altpo": {"alternatives": 2}}, "retain": "nll"},
+    "elm": {"build": llama, "forget": {"elm": {"eta": 2.0}}, "retain": "nll"},
+    "whp": {"build": llama, "forget": {"whp": REINFORCED}, "retain": "nll"},
+    "whp, adapter copy": {"build": adapted, "forget": {"whp": REINFORCED}, "retain": "nll"},
     "unused by one role": {**BRANCHED, "marked": SIZE},
     "unused by one role, views on": {**BRANCHED, "marked": SIZE, "views": True},
     "unused by one role, sum": {**BRANCHED, "marked": SIZE, "conflict": "sum"},
@@ -155,12 +161,14 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = bool(views)
     of_window = trainer._get_num_items_in_batch
     trainer._get_num_items_in_batch = lambda *given: counts.append(of_window(*given)) or counts[-1]
-    trainer.train()
+    with patch.dict(os.environ, HF_CLMUL_CACHE=str(folder / "cache")):
+        trainer.train()
     found = {
         "weights": weights(trainer.model),
         "steps": saw.steps,
         "lines": lines(trainer),
         "counts": list(counts),
+        "alternatives": trainer.train_dataset.own_alternatives,
         "trainable": [key for key, p in trainer.model.named_parameters() if p.requires_grad],
     }
     return {**found, "eval_loss": trainer.evaluate()["eval_loss"]}

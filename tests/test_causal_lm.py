@@ -10,6 +10,7 @@ from tiny import EOS_ID, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import nn
 
 from hf_clmul.data.collation import RoleCollator
+from hf_clmul.data.roles import in_context
 from hf_clmul.models import adapters
 from hf_clmul.models.causal_lm import accepted_inputs, generate, predict, score
 
@@ -242,3 +243,21 @@ def test_generation_without_a_pad_token():
     tokenizer.pad_token = None
     model = tiny_llama(vocab=PRINTABLE)
     assert generate(model, tokenizer, PROMPTS, 4) == generate(model, TOKENIZER, PROMPTS, 4)
+
+
+def test_contexts_are_asked_of_the_model_one_by_one():
+    """Against the model on each text by itself, unpadded."""
+    model = tiny_llama()
+    examples = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 3], "labels": [-100, 3]}]
+    texts = {"novice": [40, 41, 42], "expert": [43]}
+    shown = [{**e, "contexts": {name: in_context(e, ids, None) for name, ids in texts.items()}} for e in examples]
+    batch, accepted = RoleCollator(0).collate(shown), accepted_inputs(model)
+    with torch.no_grad():
+        found = predict(model, batch, frozenset({"logits", "contexts"}), accepted)
+        for name, ids in texts.items():
+            whole = [model(torch.tensor([ids + e["input_ids"]])).logits[0] for e in examples]
+            expected = torch.cat([whole[0][-3:-1], whole[1][-2:-1]])
+            torch.testing.assert_close(found.variants[name].logits, expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(found.variants[name].rows, found.rows)
+        plain = predict(model, batch, frozenset({"logits"}), accepted)
+    assert plain.variants is None and torch.equal(plain.logits, found.logits)

@@ -5,6 +5,7 @@ import torch
 from tiny import EOS_ID
 
 from hf_clmul.data.collation import RoleCollator, pad_left, supervision
+from hf_clmul.data.roles import in_context
 
 X = -100
 LONG = {"input_ids": [5, EOS_ID, 7, 8, EOS_ID], "labels": [X, X, X, 8, EOS_ID]}
@@ -75,6 +76,19 @@ def test_second_answers_follow_the_first_ones():
     assert batch["alternatives"] == 2
     assert (batch["rows"], batch["targets"]) == ([0, 0, 1, 2, 3], [8, EOS_ID, 4, 6, 4])
     assert batch["lengths"] == [2, 1, 1, 1]
+
+
+def test_contexts_are_batches_of_their_own_whose_positions_align():
+    texts = {"novice": [40, 41], "expert": [42]}
+    shown = [{**e, "contexts": {name: in_context(e, ids, 3) for name, ids in texts.items()}} for e in (LONG, SHORT)]
+    shown[0]["alternative"] = shown[1]["alternative"] = REFUSAL
+    batch = RoleCollator(EOS_ID).collate(shown)
+    novice = lists(batch["contexts"]["novice"])
+    assert novice["input_ids"] == [[40, 41, 5, EOS_ID, 7, 8, EOS_ID], [EOS_ID, EOS_ID, 3, 40, 41, 4, 9]]
+    assert (novice["targets"], novice["rows"], novice["alternatives"]) == ([8, EOS_ID, 4], [0, 0, 1], 0)
+    own = batch["rows"] < 2  # of the batch itself, less the second answers
+    for one in batch["contexts"].values():
+        assert torch.equal(one["targets"], batch["targets"][own]) and torch.equal(one["rows"], batch["rows"][own])
 
 
 def test_roles_are_collated_apart_and_a_plain_list_is_one_batch():

@@ -7,6 +7,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from math import exp, log
 
 import pytest
@@ -16,14 +17,17 @@ from transformers import LlamaForCausalLM
 
 from hf_clmul.data.collation import RoleCollator
 from hf_clmul.models import causal_lm
-from hf_clmul.objectives import ROLES, TERMS, distribution, representation, term_parameters
+from hf_clmul.objectives import ALTERNATIVES, ROLES, TERMS, distribution, representation, term_parameters
 from hf_clmul.objectives.active import OUTPUTS, active_terms, layers, needs
 from hf_clmul.objectives.counts import COUNTS
 from hf_clmul.objectives.prediction import Prediction
 from hf_clmul.objectives.preference import log_sigmoid
+from hf_clmul.objectives.preparation import Generated
 
+OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced"}
 EMPTY = inspect.Parameter.empty
-every_term = pytest.mark.parametrize("name", TERMS)
+LOSSES = [name for name, term in TERMS.items() if not term.edit]
+every_term, every_loss = (pytest.mark.parametrize("name", names) for names in (TERMS, LOSSES))
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------
@@ -63,6 +67,10 @@ WORDS = distributions([THIRDS, LOPSIDED, LOPSIDED], [0, 0, 1], [1, 0, 2])
 FLAT, LEANING = [1 / 2, 1 / 2], [1 / 4, 3 / 4]
 # Divergence of (1/4, 3/4) from a flat distribution: 1/4 log 1/2 + 3/4 log 3/2
 LEAN = 0.75 * log(3) - log(2)
+# A teacher that finds both tokens alike; as a novice (3/4, 1/4), as an expert (1/4, 3/4)
+GUIDED = replace(
+    distributions([FLAT]), variants={"novice": distributions([[3 / 4, 1 / 4]]), "expert": distributions([LEANING])}
+)
 # -log sigmoid(log k) = log(1 + 1/k) turns every sigmoid into a logarithm of a simple number.
 HAND = {
     # log 2 + log 4 + log 8
@@ -124,6 +132,10 @@ HAND = {
         # nothing gained yet, as for npo
         ({}, REFUSING, REFUSING, 40 * log(2), 2),
     ],
+    # The same with another second answer
+    "dpo": [({"beta": 1.0}, REFUSING, TEACHER_REFUSING, 2 * log(1.125) + 2 * log(1.25), 2)],
+    # 20 (log(1 + 8^-0.1) + log(1 + 4^-0.1)); 0.1 is the default
+    "altpo": [({}, REFUSING, TEACHER_REFUSING, 20 * (log(1 + 8**-0.1) + log(1 + 4**-0.1)), 2)],
     # log 2 + log 4
     "idk_nll": [({}, REFUSING, None, 3 * log(2), 2)],
     # (1/2, 1/2) and (1, 0) meet in (3/4, 1/4): 1/2 log 4/3 + 1/2 (1/2 log 2/3 + 1/2 log 2).
@@ -171,7 +183,40 @@ HAND = {
     ],
     # 1/2 log 2 + 1/2 log 2/3
     "bad_teacher": [({}, distributions([LEANING, FLAT]), distributions([FLAT, FLAT]), log(4 / 3) / 2, 2)],
+    "elm": [
+        # A flat teacher times 3 to 1/3 is (9/10, 1/10): 9/10 log 4 + 1/10 log 4/3
+        ({"eta": 1.0}, distributions([LEANING]), GUIDED, log(4) - 0.1 * log(3), 1),
+        ({"eta": 0.0}, distributions([LEANING]), GUIDED, log(4) - 0.5 * log(3), 1),
+        # By 3^1000, the default, nothing but the novice's token is left.
+        ({}, distributions([LEANING]), GUIDED, log(4), 1),
+    ],
     "scrub": [({}, Q, P, -log(2), 2)],
+    "whp": [
+        # The first logit rose by 2, the second by 1, the third fell: -6, -4 and 2 are left, e^-8 to e^-6 to 1.
+        (
+            {"alpha": 5.0},
+            distributions([LOPSIDED]),
+            replace(from_logits([[4, 1, 2]]), variants={"reinforced": from_logits([[6, 2, 1]])}),
+            log(4) - log(2) * exp(-8) / (exp(-8) + exp(-6) + 1),
+            1,
+        ),
+        # 5 is the default; (log 8, 0, 0) less 5 log 2 for the first is (log 1/4, 0, 0): (1/9, 4/9, 4/9)
+        (
+            {},
+            distributions([LOPSIDED]),
+            replace(from_logits([[log(8), 0, 0]]), variants={"reinforced": from_logits([[log(16), -1, 0]])}),
+            log(2) / 9 + 8 / 9 * log(4),
+            1,
+        ),
+        # The teacher itself: 1/2 log 4 + 1/2 log 4/3
+        (
+            {"alpha": 0.0},
+            distributions([LEANING]),
+            replace(GUIDED, variants={"reinforced": GUIDED}),
+            log(4) - 0.5 * log(3),
+            1,
+        ),
+    ],
     "rmu": [
         # A unit vector of one positive number is 1: (1 - 6.5)^2 + (3 - 6.5)^2; 6.5 is the default
         ({}, states([[1], [3]]), None, 42.5, 2),
@@ -183,7 +228,7 @@ HAND = {
 
 
 def test_every_term_has_a_value_worked_out_by_hand():
-    assert set(HAND) == set(TERMS)
+    assert set(HAND) == set(LOSSES)
 
 
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in HAND.items() for case in cases])
@@ -266,10 +311,11 @@ def drawn(like, requires_grad=True):
     logps = draw(3)
     alternative = Prediction(torch.tensor([0, 1, 1]), 2, draw(3) - 4, draw(3, 5), None, torch.tensor([0, 1, 2]))
     hidden = {representation.ZEPHYR: draw(3, 4)}
-    return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden), logps
+    variants = {name: Prediction(rows, 2, logits=draw(3, 5)) for name in ("novice", "expert", "reinforced")}
+    return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden, variants), logps
 
 
-@every_term
+@every_loss
 def test_no_gradient_reaches_any_output_of_the_teacher(name):
     """Whatever the teacher is, also one whose outputs could be differentiated."""
     student, _ = drawn(0)
@@ -278,6 +324,7 @@ def test_no_gradient_reaches_any_output_of_the_teacher(name):
     for one in (teacher, teacher.alternative):
         assert one.logits.grad is None and one.logps.grad_fn is not None
     assert teacher.hidden[representation.ZEPHYR].grad is None
+    assert all(variant.logits.grad is None for variant in teacher.variants.values())
     outputs = [
         student.logits,
         student.alternative.logits,
@@ -353,14 +400,21 @@ def test_the_direction_of_rmu_is_fixed_by_its_seed():
 def test_entry_of_the_table(name):
     term = TERMS[name]
     assert term.roles and set(term.roles) <= set(ROLES)
-    assert term.unit in COUNTS
-    assert term.needs <= OUTPUTS | {"teacher", "incompetent", "alternative"} and term.needs & OUTPUTS
+    assert (term.unit in COUNTS) != term.edit
+    assert term.needs <= OTHERS | OUTPUTS and bool(term.needs & OUTPUTS) != term.edit
+    assert len(term.needs & set(ALTERNATIVES)) == ("alternative" in term.needs), "one source of second answers"
     assert not {"teacher", "incompetent"} <= term.needs
     assert ("hidden" in term.needs) == ("layer" in term_parameters(name))
     assert term.paper and term.summary
     for parameter, (annotation, default) in term_parameters(name).items():
         assert parameter != "weight", "every term has a weight already"
         assert EMPTY not in (annotation, default), f"{parameter} needs an annotation and a default"
+
+
+def test_a_task_vector_is_taken_back():
+    before, reinforced = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.5, 2.0], [2.0, 8.0]])
+    assert TERMS["task_vector"].function(before, reinforced).tolist() == [[0.5, 2.0], [4.0, 0.0]]  # 1 is the default
+    assert TERMS["task_vector"].function(before, reinforced, scale=0.5).tolist() == [[0.75, 2.0], [3.5, 2.0]]
 
 
 @every_term
@@ -373,6 +427,10 @@ def test_row_in_the_page_of_methods(name, repo):
 def test_parameters_are_read_from_the_function():
     assert [(k, d) for k, (_, d) in term_parameters("simnpo").items()] == [("beta", 4.5), ("delta", 0.0)]
     assert term_parameters("nll") == {}
+    # Those of what is made before training do not reach the loss.
+    assert [(k, d) for k, (_, d) in term_parameters("altpo").items()] == [("beta", 0.1), ("alternatives", 5)]
+    (active,) = active_terms("forget", {"altpo": {"alternatives": 2}})
+    assert active.parameters == {"beta": 0.1} and active.preparation == Generated(alternatives=2)
 
 
 def test_importing_the_table_imports_neither_torch_nor_transformers():

@@ -3,6 +3,8 @@
 The tests run over TERMS, so that a new term is caught by itself. Here stands the design's trap 15.
 """
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +15,14 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel
 
 from hf_clmul.data.collation import RoleCollator, supervision
+from hf_clmul.data.roles import in_context
 from hf_clmul.models import causal_lm
 from hf_clmul.models.teachers import uniform
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms, layers, needs
 
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
-every_term = pytest.mark.parametrize("name", TERMS)
+every_term = pytest.mark.parametrize("name", [name for name, term in TERMS.items() if not term.edit])
 every_model = pytest.mark.parametrize("model", MODELS)
 
 
@@ -50,6 +53,10 @@ def collated(name, rows=slice(None), pad=EOS_ID):
     if "alternative" in TERMS[name].needs:
         pairs = zip(examples, REFUSALS[rows], strict=True)
         examples = [{**answered, "alternative": refusal} for answered, refusal in pairs]
+    if "contexts" in TERMS[name].needs:
+        before = {"novice": [33, 34], "expert": [35, 36, 37]}
+        shown = [{name: in_context(e, ids, 21) for name, ids in before.items()} for e in examples]
+        examples = [{**e, "contexts": contexts} for e, contexts in zip(examples, shown, strict=True)]
     return RoleCollator(pad).collate(examples)
 
 
@@ -58,11 +65,23 @@ def evaluate(name, student, teacher, batch):
     (active,) = terms = chosen(name)
     accepted, targets = causal_lm.accepted_inputs(student), None
     if "teacher" in active.term.needs:
-        targets = causal_lm.predict(teacher, batch, needs(terms), accepted, layers(terms))
+        targets = causal_lm.predict(teacher, batch, needs(terms, True), accepted, layers(terms))
+    if "reinforced" in active.term.needs:
+        said = causal_lm.predict(grown(teacher), batch, frozenset({"logits"}), accepted)
+        targets = replace(targets, variants={"reinforced": said})
     prediction = causal_lm.predict(student, batch, needs(terms), accepted, layers(terms))
     if "incompetent" in active.term.needs:
         targets = uniform(prediction)
     return active.term.function(prediction, targets, **active.parameters)
+
+
+def grown(model):
+    """Another model of the kind."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    return other
 
 
 def chosen(name):
@@ -86,11 +105,12 @@ def difference(found, expected):
 @every_model
 def test_what_lies_under_padding_and_in_unsupervised_labels_does_not_matter(name, model):
     batch, poisoned = collated(name), collated(name)
-    padding = poisoned["attention_mask"] == 0
-    assert padding.any()
-    poisoned["input_ids"][padding], poisoned["position_ids"][padding] = 61, 5
-    poisoned["labels"][poisoned["labels"] == -100] = 62
-    poisoned["input_ids"][0, -1] = 63  # after the answer: no supervised token sees it
+    for one in (poisoned, *poisoned.get("contexts", {}).values()):
+        padding = one["attention_mask"] == 0
+        assert padding.any()
+        one["input_ids"][padding], one["position_ids"][padding] = 61, 5
+        one["labels"][one["labels"] == -100] = 62
+        one["input_ids"][0, -1] = 63  # after the answer: no supervised token sees it
     value, count, gradient = value_and_gradient(name, model, batch)
     poisoned_value, poisoned_count, poisoned_gradient = value_and_gradient(name, model, poisoned)
     assert value == poisoned_value and count == poisoned_count
@@ -188,13 +208,19 @@ def test_values_and_counts_of_parts_add_up(name, model):
     assert count == sizes[TERMS[name].unit]
 
 
+def widened(batch, by):
+    fill = {"input_ids": EOS_ID, "attention_mask": 0, "position_ids": 0, "labels": -100}
+    wider = {**batch, **{key: F.pad(batch[key], (by, 0), value=value) for key, value in fill.items()}}
+    return {**wider, **supervision(wider["labels"])}
+
+
 @every_term
 @every_model
 def test_the_width_of_the_padding_does_not_matter(name, model):
     batch = collated(name)
-    fill = {"input_ids": EOS_ID, "attention_mask": 0, "position_ids": 0, "labels": -100}
-    wider = {**batch, **{key: F.pad(batch[key], (7, 0), value=value) for key, value in fill.items()}}
-    wider.update(supervision(wider["labels"]))
+    wider = widened(batch, 7)
+    if "contexts" in batch:
+        wider["contexts"] = {name: widened(one, 5) for name, one in batch["contexts"].items()}
     value, _, gradient = value_and_gradient(name, model, batch)
     wider_value, _, wider_gradient = value_and_gradient(name, model, wider)
     assert difference(wider_value, value) < 1e-6

@@ -41,6 +41,7 @@ def test_two_ranks_are_one_process(ranks, tmp_path, name):
         assert distance(two["weights"], one["weights"]) < 1e-7
         assert two["trainable"] == one["trainable"]
         assert two["counts"] == one["counts"]
+        assert two["alternatives"] == one["alternatives"]
         assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-6)
         for a, b in zip(two["lines"], one["lines"], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)

@@ -37,6 +37,22 @@ MISTAKES = {
         "expected <forget terms>; found 'kl'"),
     "no forget term": ("{npo: {beta: 0.2}}", "{}",
         "r.yaml:14: unlearning.forget: names no term; expected <forget terms>"),
+    "two sources of second answers": ("{npo: {beta: 0.2}}", "{dpo: {}, npo: {}, idk: {}}",
+        "r.yaml:14: unlearning.forget: dpo and idk ask for different second answers (column and refusal), and an "
+        "example gets one at a time: take one of them, or put them into two requests."),
+    "an edit beside another term": ("forget: {npo: {beta: 0.2}}", "forget: {task_vector: {}, npo: {}}\n  retain: {}",
+        "r.yaml:14: unlearning.forget: task_vector is an edit, which takes no step and stands alone: put the other terms "
+        "into a further request."),
+    "an edit and a retain term": ("{npo: {beta: 0.2}}", "{task_vector: {}}",
+        "r.yaml:14: unlearning.forget.task_vector: is an edit, which takes no step, so that no retain term can act; add "
+        "`retain: {}` to `unlearning`"),
+    "an edit with a weight": ("forget: {npo: {beta: 0.2}}", "forget: {task_vector: {weight: 2}}\n  retain: {}",
+        "r.yaml:14: unlearning.forget.task_vector.weight: unknown parameter; expected one of scale, epochs, learning_rate; "
+        "found 'weight'"),
+    "an edit of an adapter": ("unlearning:\n  forget: {npo: {beta: 0.2}}",
+        "adapter: {r: 4}\nunlearning:\n  forget: {task_vector: {}}\n  retain: {}",
+        "r.yaml:13: adapter: task_vector works on whole weights, and to negate an adapter's factors is not to negate their "
+        "product; remove `adapter`, or take another forget term"),
     "unknown section": ("learning:\n  training: {learning_rate: 2", "lerning:\n  training: {learning_rate: 2",
         "r.yaml:11: lerning: unknown key; expected one of recipe_version, name, seed, family, model, "
         "adapter, data, requests, "

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from hf_clmul.data.roles import EpochSampler, RoleDataset, derived_seed, permutation
+from hf_clmul.data.roles import EpochSampler, RoleDataset, derived_seed, in_context, permutation
 
 FORGET = [{"input_ids": [1, 2, 10 + i], "labels": [-100, -100, 10 + i]} for i in range(3)]
 RETAIN = [{"input_ids": [3, 50 + i], "labels": [-100, 50 + i]} for i in range(5)]
@@ -101,6 +101,52 @@ def test_second_answers_are_drawn_evenly():
     data = dataset(alternatives=REFUSALS)
     drawn = Counter(tuple(data[draw]["forget"]["alternative"]["input_ids"][2:]) for draw in range(12))
     assert drawn == {tuple(refusal): 3 for refusal in REFUSALS}
+
+
+OWN = [[[100 + i, 0], [200 + i, 0], [300 + i, 0]][: i + 1] for i in range(3)]  # example i has i + 1 answers
+
+
+def test_answers_of_its_own_are_all_used_before_one_comes_again():
+    data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, own_alternatives={"forget": OWN})
+    for i in range(3):
+        drawn = [data[epoch * 3 + i]["forget"]["alternative"] for epoch in range(12)]
+        assert {tuple(one["input_ids"][:2]) for one in drawn} == {(1, 2)}
+        tails = [one["input_ids"][2] for one in drawn]
+        passes = [tails[j : j + i + 1] for j in range(0, 12, i + 1)]
+        assert all(sorted(one) == [answer[0] for answer in OWN[i]] for one in passes[: 12 // (i + 1)])
+        assert len({tuple(one) for one in passes}) > 1 or i == 0  # in orders of their own
+    assert "alternative" not in data[0]["retain"]
+
+
+def test_answers_of_its_own_follow_the_example_that_is_drawn():
+    own = [[[500 + i, 0]] for i in range(5)]
+    data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, own_alternatives={"retain": own})
+    for draw in [*range(15), 3, 1]:
+        drawn = data[draw]["retain"]
+        assert drawn["alternative"]["input_ids"] == [3, 500 + drawn["input_ids"][-1] - 50, 0]
+        assert "alternative" not in data[draw]["forget"]
+
+
+def test_an_example_in_a_context_is_the_example_behind_a_text():
+    given = {"input_ids": [1, 2, 11, 12], "labels": [-100, -100, 11, 12]}
+    assert in_context(given, [7, 8], None) == {"input_ids": [7, 8, 1, 2, 11, 12], "labels": [-100] * 4 + [11, 12]}
+    # Behind a token that begins every text
+    assert in_context(given, [7, 8], 1) == {"input_ids": [1, 7, 8, 2, 11, 12], "labels": [-100] * 4 + [11, 12]}
+    # A first token that is supervised is predicted by nothing; behind a text it would be.
+    assert in_context({"input_ids": [5, 6], "labels": [5, 6]}, [7], None)["labels"] == [-100, -100, 6]
+    assert in_context({"input_ids": [5, 6], "labels": [5, 6]}, [7], 5) == {
+        "input_ids": [5, 7, 6],
+        "labels": [-100, -100, 6],
+    }
+    assert in_context(given, [], 1) == given
+
+
+def test_only_the_roles_with_contexts_are_shown_in_them():
+    texts = {"novice": [7], "expert": [8, 9]}
+    data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, contexts={"forget": texts}, first_token=1)
+    drawn = data[4]
+    assert drawn["forget"]["contexts"] == {name: in_context(FORGET[1], ids, 1) for name, ids in texts.items()}
+    assert "contexts" not in drawn["retain"] and "contexts" not in FORGET[1]
 
 
 # ---- the order of an epoch ---------------------------------------------------------------------------------

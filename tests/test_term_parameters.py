@@ -6,7 +6,7 @@ from annotated_types import Ge, Gt
 from small_recipe import changed, problems
 
 from hf_clmul.objectives import TERMS, term_parameters
-from hf_clmul.objectives.active import active_terms, layers, needs
+from hf_clmul.objectives.active import active_terms, contexts, layers, needs
 from hf_clmul.recipe import load_recipe
 
 
@@ -35,6 +35,12 @@ REFUSED = [
     ("forget", "undial", "beta", "0", "expected a number above 0; found 0"),
     ("forget", "ce_u", "ignore_first_n", "-1", "expected a number of at least 0; found -1"),
     ("forget", "ce_u", "ignore_first_n", "1.5", "expected a whole number; found 1.5"),
+    ("forget", "dpo", "beta", "0", "expected a number above 0; found 0"),
+    ("forget", "altpo", "alternatives", "0", "expected a number of at least 1; found 0"),
+    ("forget", "elm", "eta", "-1", "expected a number of at least 0; found -1"),
+    ("forget", "elm", "novice", "7", "expected text; found 7"),
+    ("forget", "whp", "alpha", "-1", "expected a number of at least 0; found -1"),
+    ("forget", "whp", "epochs", "0", "expected a number of at least 1; found 0"),
     ("forget", "rmu", "steering_coefficient", "0.0", "expected a number above 0; found 0.0"),
     ("forget", "rmu", "seed", "-1", "expected a number of at least 0; found -1"),
     ("forget", "rmu", "layer", "-1", "expected a number of at least 0; found -1"),
@@ -51,7 +57,7 @@ REFUSED = [
 def test_a_recipe_says_where_what_and_what_was_found(role, term, parameter, value, line):
     text, start = spoiled(role, term, parameter, value)
     (found,) = problems(text)
-    assert found.removesuffix("; remove the quotes") == start + line
+    assert found.removesuffix("; remove the quotes").removesuffix("; put it in quotes") == start + line
 
 
 @pytest.mark.parametrize(("role", "term", "parameter", "value", "line"), REFUSED)
@@ -99,6 +105,10 @@ def test_needs_and_layers_of_terms_together():
     assert layers(terms) == {3, 0.5}
     # Of the teacher only what the terms that compare with it need.
     assert needs(terms, of_teacher=True) == {"hidden"} and layers(terms, of_teacher=True) == {3}
+    # Contexts are the teacher's affair.
+    terms = active_terms("forget", {"elm": {"novice": "No."}, "npo": {}})
+    assert needs(terms) == {"logps", "logits"} and needs(terms, of_teacher=True) == {"logps", "logits", "contexts"}
+    assert contexts(terms)["novice"] == "No." and list(contexts(terms)) == ["novice", "expert"]
 
 
 def test_counts_are_known_from_lengths_alone():

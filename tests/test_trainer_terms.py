@@ -9,24 +9,43 @@ from trainer_bed import Gradients, Nudge, distance, examples, lines, llama, make
 
 from hf_clmul.models import causal_lm
 from hf_clmul.models.teachers import uniform
-from hf_clmul.objectives import TERMS
+from hf_clmul.objectives import ALTERNATIVES, TERMS
 from hf_clmul.objectives.active import active_terms, layers, needs
 
-ALL = {role: {name: {} for name, term in TERMS.items() if role in term.roles} for role in ("forget", "retain")}
+# Those with a reinforced model stand in test_preparation.py.
+ALL = {role: {name: {} for name, term in TERMS.items() if role in term.roles and "reinforced" not in term.needs}
+       for role in ("forget", "retain")}  # fmt: skip
 
 
-def test_every_term_is_the_mean_over_the_window_for_any_split(tmp_path):
-    """Logged losses against the same terms on the whole window at once, gradients against each other."""
-    assert {*ALL["forget"], *ALL["retain"]} == set(TERMS)
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
+
+
+def with_alternatives(roles):
+    """Each example to forget brings a second answer: its own backwards."""
+    return {**roles, "forget": [{**row, "alternative_ids": row["input_ids"][::-1]} for row in roles["forget"]]}
+
+
+@pytest.mark.parametrize("source", ALTERNATIVES)
+def test_every_term_is_the_mean_over_the_window_for_any_split(tmp_path, source):
+    """Logged losses against the same terms on the whole window at once, gradients against each other. Second answers come
+    from one source at a time: the terms that ask for none run with the first."""
+    wanted = dict(ALL)
+    for other in {*ALTERNATIVES} - {source}:
+        wanted["forget"] = {n: p for n, p in wanted["forget"].items() if other not in TERMS[n].needs}
+    if source != ALTERNATIVES[0]:
+        wanted["forget"] = {n: p for n, p in wanted["forget"].items() if source in TERMS[n].needs}
+    assert wanted["forget"]
     found = {}
     for size, accumulate in ((8, 1), (2, 4)):
         saw = Gradients()
         trainer = make(
             llama(),
-            two_roles(),
+            with_alternatives(two_roles()),
             tmp_path,
             [Nudge(), saw],
-            **ALL,
+            **wanted,
             conflict="sum",
             learning_rate=0.0,
             per_device_train_batch_size=size,
@@ -36,13 +55,13 @@ def test_every_term_is_the_mean_over_the_window_for_any_split(tmp_path):
         (found[size],), (line,) = saw.steps, lines(trainer)
         before, student, (window,) = llama(), nudged(llama()), windows(trainer, 8)
         batch = trainer.data_collator(window)
-        for role, names in ALL.items():
+        for role, names in wanted.items():
             for name in names:
                 (active,) = terms = active_terms(role, name)
                 with torch.no_grad():
                     own, old = (
-                        causal_lm.predict(model, batch[role], needs(terms), trainer._accepted, layers(terms))
-                        for model in (student, before)
+                        causal_lm.predict(model, batch[role], needs(terms, of), trainer._accepted, layers(terms))
+                        for model, of in ((student, False), (before, "teacher" in active.term.needs))
                     )
                     targets = uniform(own) if "incompetent" in active.term.needs else old
                     value, count = active.term.function(own, targets, **active.parameters)
@@ -95,6 +114,26 @@ def test_only_roles_whose_terms_ask_get_refusals(tmp_path, forget, retain, answe
         for role in answered:
             prompt = row[role]["labels"].count(-100)
             assert row[role]["alternative"]["input_ids"][:prompt] == row[role]["input_ids"][:prompt]
+
+
+def test_an_example_without_a_second_answer_of_its_own_is_refused(tmp_path):
+    roles = with_alternatives(two_roles(3, 3))
+    del roles["forget"][1]["alternative_ids"]
+    with pytest.raises(ValueError, match=r"forget/dpo: example 1 \(1 of 3\) has no second answer: .* `alternative`"):
+        make(llama(), roles, tmp_path, forget="dpo")
+    make(llama(), roles, tmp_path, forget="npo")  # which needs none
+
+
+def test_two_sources_of_second_answers_in_one_role_are_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="forget: dpo and altpo ask for different second answers .column and generated"
+    ):
+        make(llama(), with_alternatives(two_roles()), tmp_path, forget={"dpo": {}, "npo": {}, "altpo": {}})
+    both = {"forget": "dpo", "retain": "answer_preservation"}  # two roles may differ
+    data = make(llama(), with_alternatives(two_roles()), tmp_path, **both).train_dataset
+    own = data.roles["forget"][0]["alternative_ids"]
+    assert data[0]["forget"]["alternative"]["input_ids"][-len(own) :] == own
+    assert "alternative" in data[0]["retain"]
 
 
 @pytest.mark.parametrize(

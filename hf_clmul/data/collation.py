@@ -15,7 +15,8 @@ class RoleCollator:
 
     Sequences are padded on the left, so that answers end in the same column and logits are needed only from the first
     supervised column on. The mask says what is real: the pad token may be the end-of-turn token. Where examples carry an
-    `alternative` (a second answer), its B sequences follow the first B and `alternatives` holds B.
+    `alternative` (a second answer), its B sequences follow the first B and `alternatives` holds B. Where they carry
+    `contexts`, {name: the example in it}, the batch has a batch of each under the same key.
     """
 
     pad_token_id: int
@@ -31,7 +32,11 @@ class RoleCollator:
         batch = pad_left([*examples, *alternatives], self.pad_token_id)
         supervised = supervision(batch["labels"])
         lengths = supervised["rows"].bincount(minlength=len(batch["labels"])).tolist()
-        return {**batch, **supervised, "alternatives": len(alternatives), "lengths": lengths}
+        whole = {**batch, **supervised, "alternatives": len(alternatives), "lengths": lengths}
+        if "contexts" in examples[0]:
+            names = examples[0]["contexts"]
+            whole["contexts"] = {name: self.collate([e["contexts"][name] for e in examples]) for name in names}
+        return whole
 
 
 def pad_left(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -59,14 +59,16 @@ def chat(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> li
 def encode(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", max_length: int | None = None) -> Encoded:
     """{"input_ids": [T], "labels": [T]}; labels are -100 wherever nothing is to be learned (prompts).
 
-    An example that has `input_ids` and `labels` keeps them, without what its own `attention_mask` masks. Raises
-    RecipeError if nothing but an end token is supervised, also after truncation to `max_length` tokens.
+    A column `alternative` (text) becomes `alternative_ids`, an answer that may take the place of the first; it is cut to
+    fit `max_length` too. An example that has `input_ids` and `labels` keeps them, without what its own `attention_mask` masks,
+    and its `alternative_ids`. Raises RecipeError if nothing but an end token is supervised, also after truncation to `max_length` tokens.
     """
     if is_encoded(example):
         mask = example.get("attention_mask") or [1] * len(example["input_ids"])
         ids = [token for token, real in zip(example["input_ids"], mask, strict=True) if real]
         labels = [label for label, real in zip(example["labels"], mask, strict=True) if real]
-        return _fitted(ids, labels, example, tokenizer, max_length)
+        fitted = _fitted(ids, labels, example, tokenizer, max_length)
+        return _with_alternative(fitted, example.get("alternative_ids"), max_length)
     names = example_format(example)
     _check_columns(example, names)
     messages = chat(example, tokenizer)
@@ -80,7 +82,9 @@ def encode(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", max
         completion_ids = _with_eos(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer)
         ids = prompt_ids + completion_ids
         labels = [IGNORED] * len(prompt_ids) + completion_ids
-    return _fitted(ids, labels, example, tokenizer, max_length)
+    other = example.get("alternative")
+    answer = encode_answer(other, tokenizer) if isinstance(other, str) and other.strip() else None
+    return _with_alternative(_fitted(ids, labels, example, tokenizer, max_length), answer, max_length)
 
 
 def is_encoded(columns: Mapping[str, Any] | list[str]) -> bool:
@@ -91,8 +95,7 @@ def is_encoded(columns: Mapping[str, Any] | list[str]) -> bool:
 def encode_prompt(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of what a model is shown before it answers (for generation)."""
     encoded = encode(example, tokenizer)
-    first = next(i for i, label in enumerate(encoded["labels"]) if label != IGNORED)
-    return encoded["input_ids"][:first]
+    return encoded["input_ids"][: first_label(encoded)]
 
 
 def encode_answer(answer: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -177,6 +180,18 @@ def _fitted(
     if all(label in nothing for label in labels):
         raise RecipeError(_nothing_supervised(example, whole, max_length))
     return {"input_ids": ids, "labels": labels}
+
+
+def _with_alternative(encoded: Encoded, answer: list[int] | None, max_length: int | None) -> Encoded:
+    if answer is None:
+        return encoded
+    room = None if max_length is None else max_length - first_label(encoded)
+    return {**encoded, "alternative_ids": list(answer[:room])}
+
+
+def first_label(encoded: Mapping[str, Any]) -> int:
+    """Place of the first supervised token."""
+    return next(i for i, label in enumerate(encoded["labels"]) if label != IGNORED)
 
 
 def _first_supervised(example: Mapping[str, Any]) -> int:

@@ -25,6 +25,9 @@ class RoleDataset(Dataset):
     Its index is a *draw*, epoch * len(anchor) + i. The anchor is example i; another role's partner is entry
     draw mod n of that role's permutation number draw div n. So every pass over a role sees each example once.
     `alternatives`, encoded answers, are drawn in the same way for the roles `answered` (left out: for the anchor).
+    `own_alternatives` has, for other roles, answers that belong to each example: in pass p over the role it gets number p
+    of a permutation of its own, begun anew after all were used. `contexts` has, by role, texts (token ids, by name) in
+    which its examples are shown once more; they go before the prompt, but behind the token `first_token`.
     """
 
     def __init__(
@@ -34,9 +37,14 @@ class RoleDataset(Dataset):
         seed: int,
         alternatives: Sequence[list[int]] = (),
         answered: Collection[str] | None = None,
+        own_alternatives: Mapping[str, Sequence[Sequence[list[int]]]] | None = None,
+        contexts: Mapping[str, Mapping[str, list[int]]] | None = None,
+        first_token: int | None = None,
     ) -> None:
         self.roles, self.anchor, self.seed, self.alternatives = dict(roles), anchor, seed, alternatives
         self.answered = {anchor} if answered is None else set(answered)
+        self.own_alternatives = dict(own_alternatives or {})
+        self.contexts, self.first_token = dict(contexts or {}), first_token
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -59,7 +67,20 @@ class RoleDataset(Dataset):
                 stream = "alternative" if role == self.anchor else f"alternative/{role}"
                 choice = self.alternatives[self.partner(stream, len(self.alternatives), draw)]
                 drawn[role] = {**drawn[role], "alternative": _answer_with(drawn[role], choice)}
+        for role in self.own_alternatives:
+            drawn[role] = {**drawn[role], "alternative": _answer_with(drawn[role], self._own(role, draw))}
+        for role, texts in self.contexts.items():
+            shown = {name: in_context(drawn[role], ids, self.first_token) for name, ids in texts.items()}
+            drawn[role] = {**drawn[role], "contexts": shown}
         return drawn
+
+    def _own(self, role: str, draw: int) -> list[int]:
+        """The alternative of the example of `role` in this draw."""
+        size = len(self.roles[role])
+        passed, index = draw // size, draw % size if role == self.anchor else self.partner(role, size, draw)
+        choices = self.own_alternatives[role][index]
+        again, turn = divmod(passed, len(choices))
+        return choices[permutation(len(choices), self.seed, "own alternative", role, index, again)[turn]]
 
 
 class EpochSampler(Sampler[int]):
@@ -76,6 +97,16 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return (int(self.epoch * self.size + i) for i in permutation(self.size, self.seed, "order", self.epoch))
+
+
+def in_context(example: Mapping[str, Any], text: list[int], first_token: int | None) -> dict[str, list[int]]:
+    """The example behind a text, which goes after a leading `first_token`. What is supervised stays so, and nothing else."""
+    ids, labels = example["input_ids"], [-100, *example["labels"][1:]]  # nothing predicts a first token
+    place = int(ids[0] == first_token)
+    return {
+        "input_ids": [*ids[:place], *text, *ids[place:]],
+        "labels": [*labels[:place], *[-100] * len(text), *labels[place:]],
+    }
 
 
 def _answer_with(example: dict[str, Any], answer: list[int]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_clmul.models import hidden
 from hf_clmul.objectives.prediction import Prediction
@@ -37,8 +38,13 @@ def predict(
 
     `model` may be wrapped (DDP); `accepted` comes from `accepted_inputs` of the bare model. Logits are computed from the
     first supervised column on, never for the prompts before it, where the model's forward allows that. Where only hidden
-    states are asked for, layers above them are not computed.
+    states are asked for, layers above them are not computed. "contexts" asks for logits in the batch's further contexts
+    too, one pass for each.
     """
+    if "contexts" in needs:
+        own = predict(model, batch, needs - {"contexts"}, accepted, layers)
+        asked = {name: predict(model, b, frozenset({"logits"}), accepted) for name, b in batch["contexts"].items()}
+        return replace(own, variants=asked)
     inputs = {name: batch[name] for name in INPUTS if name in accepted}
     keep = batch["keep"]
     if "logits_to_keep" in accepted:
@@ -108,9 +114,29 @@ def score(model: nn.Module, batch: Mapping[str, Any], accepted: frozenset[str]) 
     return scored
 
 
+class Sampled(LogitsProcessor):
+    """Makes greedy decoding draw from the distribution at temperature 1: the largest of logits plus Gumbel noise is such a
+    draw. Each row has a generator of its own, so that what it draws depends neither on its neighbours nor on the device."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = scores.shape[-1]
+        noise = torch.stack([torch.empty(width).exponential_(generator=g) for g in self.generators])
+        return scores.float() - noise.log().to(scores.device)
+
+
 @torch.no_grad()
-def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """Greedy continuations of the prompts (token ids), without special tokens."""
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None = None,
+) -> list[str]:
+    """Continuations of the prompts (token ids), without special tokens: greedy, or with `seeds`, one for each prompt, sampled
+    at temperature 1."""
     from hf_clmul.data.collation import pad_left
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -120,6 +146,7 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max
         input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
         do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0,  # whatever the model's own settings say
         max_new_tokens=max_new_tokens, pad_token_id=pad, temperature=None, top_p=None, top_k=None, use_cache=True,
+        logits_processor=LogitsProcessorList([] if seeds is None else [Sampled(seeds)]),
     )  # fmt: skip
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]

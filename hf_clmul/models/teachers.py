@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_clmul.models import adapters
 from hf_clmul.objectives.prediction import Prediction
 
-COPY = "before_request"
+COPY, REINFORCED = "before_request", "reinforced"
 
 
 def uniform(student: Prediction) -> Prediction:
@@ -30,6 +30,8 @@ class BeforeRequest:
     its `requires_grad` flags set; `release` takes the copy out again.
     """
 
+    name = COPY  # of the frozen adapter
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copy: nn.Module | None = None
@@ -41,7 +43,7 @@ class BeforeRequest:
             else:
                 self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
         elif not adapters.is_identity(model, model.active_adapter):
-            adapters.copy_frozen(model, model.active_adapter, COPY)
+            adapters.copy_frozen(model, model.active_adapter, self.name)
             self.is_adapter_copy = True
 
     @contextmanager
@@ -57,7 +59,7 @@ class BeforeRequest:
                 with self._exchanged():
                     yield self.model
             elif self.is_adapter_copy:
-                self.model.set_adapter(COPY)
+                self.model.set_adapter(self.name)
                 yield self.model
             else:
                 with self.model.disable_adapter():
@@ -78,5 +80,12 @@ class BeforeRequest:
         """Forgets the copy."""
         self.copy, self.kept = None, []
         if self.is_adapter_copy:
-            adapters.remove(self.model, COPY)
+            adapters.remove(self.model, self.name)
             self.is_adapter_copy = False
+
+
+class Reinforced(BeforeRequest):
+    """The model after more training on what is to be forgotten: a frozen copy like the other, made while the model has these
+    weights."""
+
+    name = REINFORCED

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.objectives import distillation, distribution, likelihood, preference, representation
+from hf_clmul.objectives import distillation, distribution, edits, likelihood, preference, preparation, representation
 
 LEARN, FORGET, RETAIN, MEMORY = "learn", "forget", "retain", "memory"
 ROLES = (LEARN, FORGET, RETAIN, MEMORY)
+ALTERNATIVES = ("refusal", "column", "generated")
+"""Where second answers come from; one of them for all terms of a role."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,12 @@ class Term:
     `unit` names what its count counts, a key of `counts.COUNTS`. `needs` says what the family must predict
     for it: "logps" [N], "logits" [N, V], "targets" [N], "hidden" [N, H] at the layer that its parameter
     `layer` names; "teacher": the same from the teacher; "incompetent": the same from a teacher that knows
-    nothing; "alternative": the same for a second answer.
+    nothing; "alternative": the same for a second answer, which is, of `ALTERNATIVES`, a "refusal" of the built-in
+    ones, each example's own from a "column" of the data, or "generated" by the model before it is trained;
+    "contexts": the teacher's logits behind further texts; "reinforced": its logits after more training on the same
+    data. An `edit` changes the weights instead of training: its function takes and returns values of one parameter, it
+    has no unit and no weight, and it stands alone. `preparation` holds the parameters of what it needs beside
+    the batch, where that has any.
     """
 
     function: Callable[..., Any]
@@ -28,12 +35,15 @@ class Term:
     needs: frozenset[str]
     paper: str
     summary: str
+    preparation: type | None = None
+    edit: bool = False
 
 
 def _term(
-    function: Callable[..., Any], roles: tuple[str, ...], unit: str, needs: str, paper: str, summary: str
-) -> Term:
-    return Term(function, roles, unit, frozenset(needs.split()), paper, summary)
+    function: Callable[..., Any], roles: tuple[str, ...], unit: str, needs: str, paper: str, summary: str,
+    preparation: type | None = None, edit: bool = False,
+) -> Term:  # fmt: skip
+    return Term(function, roles, unit, frozenset(needs.split()), paper, summary, preparation, edit)
 
 
 KEPT, GONE = (LEARN, RETAIN, MEMORY), (FORGET,)
@@ -50,8 +60,8 @@ TERMS: dict[str, Term] = {
         "squared distance of logits to the teacher's"),
     "hidden_mse": _term(representation.hidden_mse, KEPT, "tokens", "hidden teacher", "arXiv 2403.03218",
         "squared distance of a layer's hidden states to the teacher's"),
-    "answer_preservation": _term(preference.answer_preservation, (RETAIN,), "sequences", "logps alternative",
-        "arXiv 2410.08109", "prefers the answer to a refusal"),
+    "answer_preservation": _term(preference.answer_preservation, (RETAIN,), "sequences",
+        "logps alternative refusal", "arXiv 2410.08109", "prefers the answer to a refusal"),
     "grad_ascent": _term(likelihood.grad_ascent, GONE, "tokens", "logps", "arXiv 2210.01504",
         "raises the negative log-likelihood; collapses if trained long"),
     "wga": _term(likelihood.wga, GONE, "tokens", "logps", "arXiv 2502.19301",
@@ -62,12 +72,16 @@ TERMS: dict[str, Term] = {
         "negative preference optimisation against the teacher"),
     "simnpo": _term(preference.simnpo, GONE, "sequences", "logps", "arXiv 2410.07163",
         "length-normalised NPO without a teacher"),
-    "idk": _term(preference.idk, GONE, "sequences", "logps teacher alternative", "arXiv 2401.06121",
-        "prefers a refusal to the answer (DPO)"),
-    "idk_nll": _term(likelihood.idk_nll, GONE, "alternative tokens", "logps alternative", "arXiv 2401.06121",
-        "learns a refusal as the answer"),
-    "jensun": _term(distribution.jensun, GONE, "alternative tokens", "logps alternative", "arXiv 2509.02820",
-        "Jensen-Shannon divergence to a refusal"),
+    "idk": _term(preference.idk, GONE, "sequences", "logps teacher alternative refusal",
+        "arXiv 2401.06121", "prefers a refusal to the answer (DPO)"),
+    "dpo": _term(preference.dpo, GONE, "sequences", "logps teacher alternative column", "arXiv 2305.18290",
+        "prefers each example's own second answer, from the data"),
+    "altpo": _term(preference.altpo, GONE, "sequences", "logps teacher alternative generated", "arXiv 2409.13474",
+        "prefers invented answers that the model wrote itself", preparation.Generated),
+    "idk_nll": _term(likelihood.idk_nll, GONE, "alternative tokens", "logps alternative refusal",
+        "arXiv 2401.06121", "learns a refusal as the answer"),
+    "jensun": _term(distribution.jensun, GONE, "alternative tokens", "logps alternative refusal",
+        "arXiv 2509.02820", "Jensen-Shannon divergence to a refusal"),
     "jensun_uniform": _term(distribution.jensun_uniform, GONE, "tokens", "logits", "arXiv 2509.02820",
         "Jensen-Shannon divergence to the uniform distribution"),
     "max_entropy": _term(distribution.max_entropy, GONE, "tokens", "logits", "arXiv 2410.08109",
@@ -82,15 +96,27 @@ TERMS: dict[str, Term] = {
         "self-distillation with the right token's logit lowered"),
     "bad_teacher": _term(distillation.bad_teacher, GONE, "tokens", "logits incompetent", "arXiv 2205.08096",
         "KL to a teacher that knows nothing"),
+    "elm": _term(distillation.elm, GONE, "tokens", "logits teacher contexts", "arXiv 2410.02760",
+        "distils the teacher as one that has never heard of it", preparation.Contexts),
     "scrub": _term(distillation.scrub, GONE, "tokens", "logits teacher", "arXiv 2302.09880",
         "raises the KL to the teacher; unbounded"),
+    "whp": _term(distillation.whp, GONE, "tokens", "logits teacher reinforced", "arXiv 2310.02238",
+        "distils the teacher less what more training on the data raises", preparation.Reinforced),
     "rmu": _term(representation.rmu, GONE, "tokens", "hidden", "arXiv 2403.03218",
         "steers a layer's hidden states to a random direction"),
+    "task_vector": _term(edits.task_vector, GONE, "-", "reinforced", "arXiv 2212.04089",
+        "an edit: takes back what more training on the data changes", preparation.FineTuned, edit=True),
 }
 # fmt: on
 
 
 def term_parameters(name: str) -> dict[str, tuple[Any, Any]]:
-    """The parameters of a term, {name: (type, default)}, read from its function's keyword-only arguments."""
-    parameters = inspect.signature(TERMS[name].function).parameters.values()
+    """The parameters of a term, {name: (type, default)}: the keyword-only arguments of its function, then those of its
+    preparation."""
+    return keywords(TERMS[name].function) | keywords(TERMS[name].preparation)
+
+
+def keywords(function: Callable[..., Any] | None) -> dict[str, tuple[Any, Any]]:
+    """The keyword-only arguments of a function or class, {name: (type, default)}; none of None."""
+    parameters = inspect.signature(function).parameters.values() if function is not None else ()
     return {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}

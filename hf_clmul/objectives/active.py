@@ -2,14 +2,14 @@
 recipe."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any
 
 from annotated_types import Ge
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from hf_clmul.objectives import TERMS, Term, term_parameters
+from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords, term_parameters
 from hf_clmul.objectives.counts import COUNTS
 from hf_clmul.recipe_problems import explained
 
@@ -21,12 +21,14 @@ DEFAULT_TERMS = {"learn": "nll", "forget": "npo", "retain": "kl", "memory": "nll
 
 @dataclass(frozen=True)
 class ActiveTerm:
-    """A term with all its parameters, given or default, and its weight inside its role."""
+    """A term with all its parameters, given or default, and its weight inside its role. `parameters` are those of its
+    function; `preparation` holds the others, where there are any."""
 
     name: str
     term: Term
     parameters: dict[str, Any]
     weight: float
+    preparation: Any = None
 
     def count(self, lengths: Sequence[int], alternatives: int) -> int:
         """Its count in a batch, from the supervised tokens of each sequence, the last `alternatives` being
@@ -45,7 +47,25 @@ def active_terms(role: str, wanted: Mapping[str, Any] | str | None) -> list[Acti
         wanted = DEFAULT_TERMS[role]
     if isinstance(wanted, str):
         wanted = {wanted: {}}
+    if problem := odd_company([name for name in wanted if name in TERMS]):
+        raise ValueError(f"{role}: {problem}")
     return [_active(role, name, dict(parameters or {})) for name, parameters in wanted.items()]
+
+
+def odd_company(names: Sequence[str]) -> str:
+    """Why these terms cannot act on one role together; empty if they can."""
+    if len(names) > 1 and (edits := [name for name in names if TERMS[name].edit]):
+        return (
+            f"{edits[0]} is an edit, which takes no step and stands alone: put the other terms into a further request."
+        )
+    asking = {source: name for name in reversed(names) for source in ALTERNATIVES if source in TERMS[name].needs}
+    if len(asking) < 2:
+        return ""
+    (one, first), (other, second), *_ = sorted(asking.items(), key=lambda item: names.index(item[1]))
+    return (
+        f"{first} and {second} ask for different second answers ({one} and {other}), and an example gets one at a time: "
+        "take one of them, or put them into two requests."
+    )
 
 
 def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
@@ -54,7 +74,9 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
         near = get_close_matches(name, possible, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{role}: no term {name!r} for this role; there are {', '.join(possible)}.{hint}")
-    known = {**term_parameters(name), "weight": (Annotated[float, Ge(0)], 1.0)}
+    known = term_parameters(name)
+    if not TERMS[name].edit:
+        known["weight"] = Annotated[float, Ge(0)], 1.0
     for parameter, value in parameters.items():
         if parameter not in known:
             raise ValueError(f"{role}/{name}: unknown parameter {parameter!r}; there are {', '.join(known)}.")
@@ -65,14 +87,27 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
             text = f"expected {why['expected']}; found {why['found']}."
             raise ValueError(f"{role}/{name}: {parameter}: {text}") from None
     filled = {parameter: default for parameter, (_, default) in known.items()} | parameters
-    weight = float(filled.pop("weight"))
-    return ActiveTerm(name, TERMS[name], filled, weight)
+    weight = float(filled.pop("weight", 1.0))
+    made_before = TERMS[name].preparation
+    others = {parameter: filled.pop(parameter) for parameter in keywords(made_before)}
+    return ActiveTerm(name, TERMS[name], filled, weight, made_before(**others) if made_before is not None else None)
+
+
+def alternatives_from(terms: Sequence[ActiveTerm]) -> str | None:
+    """Where the second answers of a role's terms come from, one of ALTERNATIVES; None where no term asks for one."""
+    return next((source for t in terms for source in ALTERNATIVES if source in t.term.needs), None)
+
+
+def contexts(terms: Sequence[ActiveTerm]) -> dict[str, str]:
+    """The texts, by name, behind which a role's teacher is asked once more."""
+    return next((asdict(t.preparation) for t in terms if "contexts" in t.term.needs), {})
 
 
 def needs(terms: list[ActiveTerm], of_teacher: bool = False) -> frozenset[str]:
-    """What must be predicted for these terms together; with `of_teacher`, what the teacher must predict."""
+    """What must be predicted for these terms together; with `of_teacher`, what the teacher must predict, and "contexts" if
+    that must be in them too."""
     wanted = [t.term.needs for t in terms if not of_teacher or "teacher" in t.term.needs]
-    return frozenset().union(*wanted) & OUTPUTS
+    return frozenset().union(*wanted) & (OUTPUTS | {"contexts"} if of_teacher else OUTPUTS)
 
 
 def layers(terms: list[ActiveTerm], of_teacher: bool = False) -> frozenset[float]:

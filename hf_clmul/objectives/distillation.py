@@ -5,7 +5,7 @@ combined. No gradient reaches a teacher."""
 from math import log
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from hf_clmul.objectives.prediction import Prediction
 
@@ -84,6 +84,22 @@ def bad_teacher(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]
     return kl(student, teacher)
 
 
+def elm(student: Prediction, teacher: Prediction, *, eta: Annotated[float, Ge(0)] = 1000.0) -> "tuple[Tensor, int]":
+    """Self-distillation to guided logits: cross-entropy with softmax(log q + eta (log q_novice - log q_expert)); count N.
+
+    Erasure of language memory, Gandikota et al. (arXiv 2410.02760), its erasing loss; q_novice and q_expert are the
+    teacher's answers behind a text that makes it play one; no gradient reaches them. In nats, over the N supervised
+    tokens; logits [N, V]. Default 1000: the authors' choice for Zephyr-7B; so large an eta leaves hardly more than the
+    token that the novice prefers most. Their consistency loss, for fluent text, is not built; retain with `kl`.
+    """
+    plain, novice, expert = (
+        said.logits.detach().log_softmax(-1)
+        for said in (teacher, teacher.variants["novice"], teacher.variants["expert"])
+    )
+    target = (plain + eta * (novice - expert)).softmax(-1)
+    return -(target * student.logits.log_softmax(-1)).sum(), student.tokens
+
+
 def scrub(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
     """Minus KL(teacher || student), summed over the N supervised tokens, in nats; count N. Unbounded below.
 
@@ -93,3 +109,16 @@ def scrub(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
     """
     value, count = kl(student, teacher)
     return -value, count
+
+
+def whp(student: Prediction, teacher: Prediction, *, alpha: Annotated[float, Ge(0)] = 5.0) -> "tuple[Tensor, int]":
+    """Generic prediction: cross-entropy with softmax(z - alpha relu(z_reinforced - z)), z the teacher's logits; count N.
+
+    Eldan and Russinovich (arXiv 2310.02238, "Who's Harry Potter?", equation 1): what more training on the data raises is
+    what belongs to it. In nats, over the N supervised tokens; logits [N, V]; no gradient reaches the two. Default 5:
+    theirs. Two things differ: they learn the most likely token of that distribution, here it is the whole of it; and
+    they replace names in the text before (the anchor terms), which is not built.
+    """
+    z, reinforced = teacher.logits.detach(), teacher.variants["reinforced"].logits.detach()
+    target = (z - alpha * (reinforced - z).clamp(min=0)).softmax(-1)
+    return -(target * student.logits.log_softmax(-1)).sum(), student.tokens

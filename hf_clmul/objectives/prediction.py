@@ -17,7 +17,8 @@ class Prediction:
     tokens in nats; `logits` [N, V] in float32; `targets` [N] the right tokens; `hidden` {layer: [N, H]} in
     float32, what the layer puts out where the token is predicted, keyed as terms name the layer. Each is None
     unless a term asked for it. `alternative` holds the same, less hidden states, for a second answer to the
-    same prompts (a refusal), where a term asked for one.
+    same prompts (a refusal), where a term asked for one. `variants` are of a teacher only: what it says at the same
+    N positions in another context, or after other training, by name.
     """
 
     rows: "Tensor"
@@ -27,6 +28,7 @@ class Prediction:
     alternative: Optional["Prediction"] = None
     targets: Optional["Tensor"] = None
     hidden: Mapping[float, "Tensor"] | None = None
+    variants: Mapping[str, "Prediction"] | None = None
 
     @property
     def tokens(self) -> int:

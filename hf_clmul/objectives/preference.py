@@ -56,6 +56,23 @@ def idk(student: Prediction, teacher: Prediction, *, beta: Positive = 0.1) -> "t
     return -(2 / beta) * log_sigmoid(beta * (refusal - answer)).sum(), student.batch_size
 
 
+def dpo(student: Prediction, teacher: Prediction, *, beta: Positive = 0.1) -> "tuple[Tensor, int]":
+    """`idk` with each example's own second answer, from the column `alternative` of the data; count B.
+
+    DPO (arXiv 2305.18290, equation 7), scaled by 2 / beta; sums over a sequence, in nats. beta 0.1 as there.
+    """
+    return idk(student, teacher, beta=beta)
+
+
+def altpo(student: Prediction, teacher: Prediction, *, beta: Positive = 0.1) -> "tuple[Tensor, int]":
+    """`idk` with answers that the model wrote before the request, of the same form and with invented facts; count B.
+
+    Alternate preference optimisation, Mekala et al. (arXiv 2409.13474); sums over a sequence, in nats. beta 0.1 as for
+    `idk`, in the middle of the authors' grid 0.05, 0.1, 0.5. They retain with `nll`.
+    """
+    return idk(student, teacher, beta=beta)
+
+
 def answer_preservation(student: Prediction, teacher: None = None, *, beta: Positive = 0.1) -> "tuple[Tensor, int]":
     """Preference of the answer over a refusal: -(1 / beta) log sigmoid(beta (log p(answer) - log
     p(refusal))); count B.

@@ -1,0 +1,47 @@
+"""What some terms need beside a batch of examples, with its settings: parameters of the term that no loss sees. No torch, no
+model."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Gt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """`alternatives`: other answers to each example, written by the model itself.
+
+    5 is the number of AltPO (arXiv 2409.13474), whose grid for beta is 0.05, 0.1 and 0.5.
+    """
+
+    alternatives: Annotated[int, Ge(1)] = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contexts:
+    """`novice`, `expert`: texts that stand before the prompt when the teacher is asked once more.
+
+    ELM (arXiv 2410.02760) names the concept to be erased in them; these name none, as the prompt does that.
+    """
+
+    novice: str = "What follows was written by somebody who has never heard of this subject:\n\n"
+    expert: str = "What follows was written by somebody who knows everything about this subject:\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforced:
+    """The model trained further on what is to be forgotten, with `nll`: for so many `epochs` at a constant `learning_rate`.
+
+    Defaults of Eldan and Russinovich (arXiv 2310.02238) for Llama-2-7B; a small adapter needs a much higher rate.
+    """
+
+    epochs: Annotated[int, Ge(1)] = 3
+    learning_rate: Annotated[float, Gt(0)] = 3e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned(Reinforced):
+    """The same, with the defaults of the code of MUSE (arXiv 2407.06460) for task vectors."""
+
+    epochs: Annotated[int, Ge(1)] = 5
+    learning_rate: Annotated[float, Gt(0)] = 1e-5
