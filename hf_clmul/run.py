@@ -3,6 +3,7 @@ Knows all rooms by their doors; mathematics and file formats live elsewhere."""
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
     Raises RecipeError for unusable data, RunError if the run cannot go on; finished requests stay on disk then.
     """
     began = time.time()
-    with quiet_libraries():
+    with quiet_libraries(), ExitStack() as held:
         # Several processes on CPUs find each other only if told that they are on CPUs.
         on_cpu = any(recipe.request_training(i).get("use_cpu", False) for i in range(len(recipe.requests)))
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
@@ -45,7 +46,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         whole = groups(recipe, steps)
         sampled, how = _sampled(recipe, whole), _measuring(recipe)
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how), sampled])
-        on_main_first(state, lambda: (reference_of(recipe), folder.check(recipe, steps, measured)))
+        on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
+        on_main_first(state, lambda: folder.check(recipe, steps, measured))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache

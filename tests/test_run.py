@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_exactly_the_files_of_the_design(finished):
         else {name: {f"state/{file}" for file in ADAPTER | {"training.json"}} for name in (LEARN, UNLEARN)}
     )
     assert files(finished) == {
-        "recipe.yaml", "ledger.jsonl", "results.json", "report/report.html",
+        "recipe.yaml", "ledger.jsonl", "results.json", "run.lock", "report/report.html",
         *(f"base/{name}" for name in STAGE),
         *(f"requests/{request}/{name}" for request in (LEARN, UNLEARN) for name in REQUEST | states.get(request, set())),
         *(f"model/{name}" for name in model | TOKENIZER | {"README.md"}),
@@ -331,6 +332,23 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert files(out) == {"thesis.tex"}
     with pytest.raises(RunError, match="is a file and not a folder"):
         execute(recipe, out / "thesis.tex")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_spoils_nothing(finished, monkeypatch):
+    recipe, out, told = finished.parent / "recipe.yaml", finished.parent / "twice", []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not told:
+            told.append(None)
+            with pytest.raises(RunError) as caught:
+                execute(recipe, out)
+            told[0] = str(caught.value)
+
+    monkeypatch.setattr(RunLog, "on_step_end", on_step_end)
+    execute(recipe, out)
+    assert told[0].startswith(f"{out} is in use by another run: process {os.getpid()} on {socket.gethostname()}. Wait")
+    assert outcome(out) == outcome(finished)
+    assert not (out / "run.holder").exists()
 
 
 def test_a_collapse_keeps_the_last_checkpoint_and_goes_on_with_a_sane_rate(tmp_path):

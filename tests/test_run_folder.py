@@ -1,6 +1,7 @@
 """What counts as finished, whole or changed in a run folder. No model takes part."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,22 @@ def test_a_first_write_that_was_killed_is_no_foreign_folder(folder, recipe):
     put(folder.root / ".recipe.yaml.0123abcd.aside")
     opened(folder, recipe)
     assert [path.name for path in folder.root.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_folder_is_locked_for_one_run_and_by_no_trace_of_a_killed_one(folder, recipe):
+    put(folder.root / "run.lock")
+    put(folder.root / "run.holder", "a killed run")
+    with folder.locked():
+        other = RunFolder(folder.root)
+        with (
+            pytest.raises(RunError, match=rf"in use by another run: process {os.getpid()} on .*--output"),
+            other.locked(),
+        ):
+            pass
+    opened(folder, recipe)
+    with folder.locked():
+        pass
+    assert {path.name for path in folder.root.iterdir()} == {"recipe.yaml", "run.lock"}
 
 
 def test_killed_writes_are_cleared_away_and_a_lost_folder_is_put_back(folder, recipe):
