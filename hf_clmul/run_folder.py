@@ -205,7 +205,8 @@ def mark_complete(checkpoint: Path, processes: int) -> None:
 
 
 def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any]:
-    """Everything that a request's outcome depends on, the requests before it included, as plain data."""
+    """Everything that a request's weights depend on, the requests before it included, as plain data. What is measured is
+    not: it is kept with each stage (`measured`), and measured again when it changes."""
     whole = recipe.model_dump(mode="json", by_alias=True)
     kind = whole["learning" if step.kind == "learn" else "unlearning"]
     own: dict[str, Any] = {
@@ -213,8 +214,7 @@ def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any
         "terms": {key: value for key, value in kind.items() if key != "training"},
         "training": recipe.request_training(step.index),
         "examples": {role: digest(rows) for role, rows in step.roles.items()},
-        "evaluation": {key: whole["evaluation"][key] for key in ("suites", "max_examples", "held_out", "forget", "max_new_tokens")},
-    }  # fmt: skip
+    }
     if step.index:
         own["before"] = digest(settings(recipe, steps, steps[step.index - 1]))
     return json.loads(json.dumps(own))

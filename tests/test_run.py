@@ -217,8 +217,6 @@ def test_changed_settings_of_a_finished_request_are_refused(finished):
     assert "seed: was 0, is 7" in message
     assert "training.learning_rate: was 0.003, is 0.1" in message
     assert "--output" in message
-    with pytest.raises(RunError, match="evaluation.max_new_tokens: was 4, is 5"):
-        execute(finished.parent / "recipe.yaml", finished, "evaluation.max_new_tokens=5")
     with pytest.raises(RunError, match=f"a finished request '{UNLEARN}' that this recipe does not have"):
         execute(finished.parent / "recipe.yaml", finished, "requests=[{learn: {task: people, data: people}}]")
     assert bytes_and_times(finished) == before
@@ -259,6 +257,17 @@ def test_interrupted_by_hand_it_goes_on_from_its_checkpoint(finished, monkeypatc
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
+def test_with_another_evaluation_it_goes_on_from_its_checkpoint(finished, monkeypatch):
+    recipe, out = finished.parent / "recipe.yaml", finished.parent / "measured-otherwise"
+    stop(monkeypatch, LEARN, 5, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        execute(recipe, out)
+    execute(recipe, out, "evaluation.max_examples=1", "evaluation.max_new_tokens=3")
+    assert [e["resumed"] for e in events(out) if e["event"] == "request"] == [False, True, False]
+    assert outcome(out)["files"] == outcome(finished)["files"]
+    assert {stage["groups"]["held_out"]["examples"] for stage in results(out)["stages"]} == {1}
+
+
 def test_requests_can_be_added_to_a_finished_run(tmp_path):
     """What is to be forgotten becomes another group of examples, so that all stages are measured again."""
     longer = write_recipe(tmp_path, "lora", ANOTHER).read_text()
@@ -282,10 +291,22 @@ def test_of_a_model_trained_whole_only_the_newest_weights_can_be_measured_again(
     recipe = write_recipe(tmp_path, "full")
     execute(recipe, tmp_path / "out")
     before = bytes_and_times(tmp_path / "out")
+    with pytest.raises(RunError, match=f"the weights after {LEARN} are\\s+not kept"):
+        execute(recipe, tmp_path / "out", "evaluation.max_new_tokens=5")
     recipe.write_text(recipe.read_text().replace(*ANOTHER))
     with pytest.raises(RunError, match=f"the weights after {LEARN} are\\s+not kept"):
         execute(recipe, tmp_path / "out")
     assert bytes_and_times(tmp_path / "out") == before
+
+
+def test_another_evaluation_of_a_finished_run_trains_nothing(tmp_path, monkeypatch):
+    recipe, out = write_recipe(tmp_path, "lora"), tmp_path / "out"
+    execute(recipe, out)
+    before = outcome(out)["files"]
+    monkeypatch.setattr(ClmulTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    execute(recipe, out, "evaluation.max_examples=1")
+    assert outcome(out)["files"] == before
+    assert [stage["groups"]["held_out"]["examples"] for stage in results(out)["stages"]] == [1, 1, 1]
 
 
 def test_another_export_is_made_without_training(tmp_path, monkeypatch):
