@@ -128,8 +128,12 @@ def is_local_data(path: str) -> bool:
     return not path.startswith("builtin:") and (_is_explicit(path) or path.lower().endswith(DATA_ENDINGS))
 
 
-def is_local_model(path: str) -> bool:
-    return not path.startswith("package:") and (_is_explicit(path) or path.lower().endswith(".gguf"))
+def is_local_model(path: str, folder: Path | None) -> bool:
+    """Whether it is a file or a folder and no Hub id: `name` and `owner/name` may be either, and a folder below that of
+    the recipe comes first."""
+    if not path or path.startswith("package:"):
+        return False
+    return _is_explicit(path) or path.lower().endswith(".gguf") or (folder is not None and (folder / path).is_dir())
 
 
 def _is_explicit(path: str) -> bool:
@@ -142,7 +146,8 @@ def local_keys(tree: Tree) -> Iterator[Key]:
         path = tree.get("data", name, "path")
         if isinstance(path, str) and is_local_data(path):
             yield ("data", name, "path")
-    if isinstance(path := tree.get("model", "path"), str) and is_local_model(path):
+    folder = tree.place("model", "path").folder
+    if isinstance(path := tree.get("model", "path"), str) and is_local_model(path, folder):
         yield ("model", "path")
     if isinstance(tree.get("evaluation", "reference"), str):
         yield ("evaluation", "reference")
