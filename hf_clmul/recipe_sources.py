@@ -153,9 +153,10 @@ def local_keys(tree: Tree) -> Iterator[Key]:
         yield ("evaluation", "reference")
 
 
-def resolve_paths(tree: Tree, problems: Problems) -> None:
+def resolve_paths(tree: Tree, problems: Problems) -> dict[Key, str]:
     """Makes local paths absolute, and adds a problem for each that does not exist and for unknown built-in
-    data."""
+    data. Returns them as they were written."""
+    written = {}
     for name in tree.section("data"):
         key: Key = ("data", name, "path")
         path = tree.get(*key)
@@ -177,6 +178,8 @@ def resolve_paths(tree: Tree, problems: Problems) -> None:
         absolute = os.path.normpath(place.folder / Path(path).expanduser())
         _check_exists(absolute, path, place, key, problems)
         tree.put(key, Tree(absolute, {(): place}))
+        written[key] = path
+    return written
 
 
 def _check_exists(absolute: str, path: str, place: Place, key: Key, problems: Problems) -> None:
