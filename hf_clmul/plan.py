@@ -129,10 +129,6 @@ def _check_adapter(recipe: Recipe) -> None:
     """What this version cannot do with adapters, known before anything is trained."""
     if recipe.adapter is None:
         return
-    if recipe.model.scratch is not None:
-        raise RecipeError(
-            "adapter: a model made from scratch is trained whole, so that `model/` loads by itself. Remove `adapter`."
-        )
     learns = [i for i, request in enumerate(recipe.requests) if isinstance(request, Learn)]
     if len(learns) > 1:
         raise RecipeError(
