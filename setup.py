@@ -22,6 +22,7 @@ REQUIRES = [
     "tokenizers>=0.23",  # the range that transformers 5.23 takes
     "safetensors>=0.8",  # the range that transformers 5.23 takes
     "huggingface_hub>=2.4",  # oldest tested; recipes and models by Hub id
+    "filelock>=4.2",  # oldest tested; one run at a time in a run folder
     "gguf>=0.19",  # oldest tested; transformers reads GGUF files with it
     "numpy>=2.4",  # oldest tested
     "pydantic>=2.14",  # oldest tested; recipes

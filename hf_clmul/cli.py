@@ -150,7 +150,11 @@ def validate(recipe: Source, overrides: Overrides = None, debug: Debug = False) 
 
 @app.command()
 def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> None:
-    """Say what a recipe would do: examples, steps, tokens, memory, and how exact each deletion is."""
+    """Say what a recipe would do: examples, steps, tokens, memory, and how exact each deletion is.
+
+    Counted for one process. Several see more examples a step; where they cannot share an epoch evenly, its first examples
+    come again at its end.
+    """
     with errors_explained(debug):
         from hf_clmul.recipe import load_recipe
 

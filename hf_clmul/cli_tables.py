@@ -26,7 +26,7 @@ def tables() -> Iterator[Table]:
         yield _table(f"{_ROLES[role]} ({'.'.join(map(str, key))})", fitting)
     rules = ((name, rule.summary, rule.paper) for name, rule in CONFLICT_RULES.items())
     yield _table("conflict rules (unlearning.conflict)", rules)
-    yield _table("teachers (teacher)", ((name, entry.summary, NO_PAPER) for name, entry in TEACHERS.items()))
+    yield _table("teachers (teacher)", ((name, summary, NO_PAPER) for name, summary in TEACHERS.items()))
     yield _table("suites (evaluation.suites)", ((name, summary, NO_PAPER) for name, summary in SUITES.items()))
 
 

@@ -52,6 +52,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HF_CLMUL_CACHE") or "~/.cache/hf_clmul").expanduser()
 
 
+def shared_path(path: str) -> str:
+    """A path for other people: one relative to the recipe as it is, of any other only the name."""
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) or path.startswith("~") else path
+
+
 @contextmanager
 def explained_writes(path: Path) -> Iterator[None]:
     """Turns a failed write inside the block, such as a full disk, into a RunError that says what to do.

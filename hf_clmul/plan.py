@@ -102,7 +102,8 @@ def texts(whole: Mapping[str, Sequence[Example]]) -> list[str]:
 
 
 def optimizer_steps(step: Step, training: dict[str, Any]) -> int:
-    """Optimizer steps of a request on one process."""
+    """Optimizer steps of a request on one process. Several repeat examples at the end of an epoch that they cannot share
+    evenly (see ClmulTrainer)."""
     if training.get("max_steps", -1) > 0:
         return training["max_steps"]
     return ceil(_epoch(step, training)[0] * training.get("num_train_epochs", 3))
@@ -129,10 +130,6 @@ def _check_adapter(recipe: Recipe) -> None:
     """What this version cannot do with adapters, known before anything is trained."""
     if recipe.adapter is None:
         return
-    if recipe.model.scratch is not None:
-        raise RecipeError(
-            "adapter: a model made from scratch is trained whole, so that `model/` loads by itself. Remove `adapter`."
-        )
     learns = [i for i, request in enumerate(recipe.requests) if isinstance(request, Learn)]
     if len(learns) > 1:
         raise RecipeError(

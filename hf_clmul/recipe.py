@@ -4,11 +4,14 @@ opens the model or the data, runs no code that a recipe names, and does not impo
 import io
 import os
 from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from hf_clmul.paths import shared_path
 from hf_clmul.recipe_checks import RULE, TERM_TABLES, check_recipe
 from hf_clmul.recipe_problems import Key, Place, Problems, dotted, shown
 from hf_clmul.recipe_schema import Data, Learn, Recipe, Unlearn, validated
@@ -35,20 +38,25 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         problems.raise_if_any()
     for override in overrides:
         _override(tree, override, problems)
-    resolve_paths(tree, problems)
+    written = resolve_paths(tree, problems)
     recipe = validated(tree, problems)
     check_recipe(tree, problems)
     problems.raise_if_any()
-    recipe._source, recipe._source_revision = os.fspath(source), found.revision
+    recipe._source, recipe._source_revision, recipe._written = os.fspath(source), found.revision, written
     return recipe
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Recipe, shared: bool = False) -> str:
     """The recipe as self-contained YAML: no `extends`, absolute local paths, defaults filled in.
 
     Equal recipes give the same text, and loading the text gives an equal recipe. A term's own parameters stay
-    as they were given.
+    as they were given. `shared` gives the text for other people, which names no folder of this machine.
     """
+    plain = recipe.model_dump(mode="json", by_alias=True)
+    if shared:
+        for key, path in recipe.written.items():
+            *around, last = key
+            reduce(getitem, around, plain)[last] = shared_path(path)
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     # The classes' order is the order to read in.
@@ -56,7 +64,7 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.width = 2**16  # a folded line would be hard to compare
     yaml.indent(mapping=2, sequence=4, offset=2)
     out = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json", by_alias=True), out)
+    yaml.dump(plain, out)
     return out.getvalue()
 
 

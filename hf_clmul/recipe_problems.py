@@ -102,6 +102,12 @@ def suggestion(name: object, valid: Iterable[str]) -> str:
     return f"did you mean '{meant}'?" if meant else ""
 
 
+def did_you_mean(name: object, valid: Iterable[str]) -> str:
+    """The suggestion as a sentence behind others."""
+    hint = suggestion(name, valid)
+    return f" {hint[0].upper()}{hint[1:]}" if hint else ""
+
+
 def one_of(names: Iterable[str]) -> str:
     """`one of a, b, c`; a long list is cut."""
     names = list(names)

@@ -222,12 +222,18 @@ class Recipe(Section):
     export: Export = Export()
 
     _source: str | None = PrivateAttr(None)
+    _written: dict[Key, str] = PrivateAttr(default_factory=dict)
     _source_revision: str | None = PrivateAttr(None)
 
     @property
     def source(self) -> str | None:
         """What `load_recipe` was given; not one of the recipe's keys."""
         return self._source
+
+    @property
+    def written(self) -> dict[Key, str]:
+        """The local paths as the author wrote them, by key."""
+        return self._written
 
     @property
     def source_revision(self) -> str | None:

@@ -128,8 +128,12 @@ def is_local_data(path: str) -> bool:
     return not path.startswith("builtin:") and (_is_explicit(path) or path.lower().endswith(DATA_ENDINGS))
 
 
-def is_local_model(path: str) -> bool:
-    return not path.startswith("package:") and (_is_explicit(path) or path.lower().endswith(".gguf"))
+def is_local_model(path: str, folder: Path | None) -> bool:
+    """Whether it is a file or a folder and no Hub id: `name` and `owner/name` may be either, and a folder below that of
+    the recipe comes first."""
+    if not path or path.startswith("package:"):
+        return False
+    return _is_explicit(path) or path.lower().endswith(".gguf") or (folder is not None and (folder / path).is_dir())
 
 
 def _is_explicit(path: str) -> bool:
@@ -142,15 +146,17 @@ def local_keys(tree: Tree) -> Iterator[Key]:
         path = tree.get("data", name, "path")
         if isinstance(path, str) and is_local_data(path):
             yield ("data", name, "path")
-    if isinstance(path := tree.get("model", "path"), str) and is_local_model(path):
+    folder = tree.place("model", "path").folder
+    if isinstance(path := tree.get("model", "path"), str) and is_local_model(path, folder):
         yield ("model", "path")
     if isinstance(tree.get("evaluation", "reference"), str):
         yield ("evaluation", "reference")
 
 
-def resolve_paths(tree: Tree, problems: Problems) -> None:
+def resolve_paths(tree: Tree, problems: Problems) -> dict[Key, str]:
     """Makes local paths absolute, and adds a problem for each that does not exist and for unknown built-in
-    data."""
+    data. Returns them as they were written."""
+    written = {}
     for name in tree.section("data"):
         key: Key = ("data", name, "path")
         path = tree.get(*key)
@@ -172,6 +178,8 @@ def resolve_paths(tree: Tree, problems: Problems) -> None:
         absolute = os.path.normpath(place.folder / Path(path).expanduser())
         _check_exists(absolute, path, place, key, problems)
         tree.put(key, Tree(absolute, {(): place}))
+        written[key] = path
+    return written
 
 
 def _check_exists(absolute: str, path: str, place: Place, key: Key, problems: Problems) -> None:

@@ -25,8 +25,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "extraction_strength": ("Extraction strength", "share of the answer that its beginning brings out whole"),
     "exact_memorization": ("Exact memorization", "share of tokens predicted right from those before"),
     "fluency": ("Fluency", "1 minus repetition in what is generated"),
-    "forget_quality": ("Forget quality", "p-value; near 1 if it cannot be told from the reference"),
-    "model_utility": ("Model utility", "harmonic mean of the metrics of what has to stay"),
 }
 _FORGET_TRUTH_RATIO = "is 1 if it cannot tell the truth from wrong answers"
 

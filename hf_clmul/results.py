@@ -4,6 +4,7 @@ Knows plain data; it measures nothing itself."""
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 from hf_clmul import __version__
 from hf_clmul.errors import RecipeError
+from hf_clmul.paths import shared_path
 from hf_clmul.recipe_schema import Recipe
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -61,6 +63,19 @@ def record(
         "stages": stages,
         "reference": reference_of(recipe),
         "export": None,
+    }
+
+
+def shared(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The record for other people: it names no folder of this machine."""
+    model = recipe.written.get(("model", "path"), results["model"]["path"])
+    # A path may stand inside an argument, as in `data.notes.path=/...`; one in an address (hf://...) is none.
+    words = [re.sub(r"(?<![\w.:/~-])~?/(?:[^/,{}\[\]]+/)*", "", word) for word in shlex.split(results["command"])]
+    return {
+        **results,
+        "source": results["source"] and shared_path(results["source"]),
+        "command": shlex.join(words),
+        "model": {**results["model"], "path": shared_path(model)},
     }
 
 

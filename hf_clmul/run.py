@@ -3,6 +3,7 @@ Knows all rooms by their doors; mathematics and file formats live elsewhere."""
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +23,10 @@ from hf_clmul.model_card import model_card
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan import Step, groups, plan_steps, texts
+from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe
 from hf_clmul.report import write_report
-from hf_clmul.results import record, reference_of
+from hf_clmul.results import record, reference_of, shared
 from hf_clmul.run_folder import COMPLETE, RunFolder, digest, file_hashes, recipe_sha256
 from hf_clmul.run_log import quiet_libraries
 from hf_clmul.run_request import Run, carry_out, on_main_first, prepare
@@ -37,7 +39,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
     Raises RecipeError for unusable data, RunError if the run cannot go on; finished requests stay on disk then.
     """
     began = time.time()
-    with quiet_libraries():
+    with quiet_libraries(), ExitStack() as held:
         # Several processes on CPUs find each other only if told that they are on CPUs.
         on_cpu = any(recipe.request_training(i).get("use_cpu", False) for i in range(len(recipe.requests)))
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
@@ -45,7 +47,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         whole = groups(recipe, steps)
         sampled, how = _sampled(recipe, whole), _measuring(recipe)
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how), sampled])
-        on_main_first(state, lambda: (reference_of(recipe), folder.check(recipe, steps, measured)))
+        on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
+        on_main_first(state, lambda: folder.check(recipe, steps, measured))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
@@ -143,7 +146,8 @@ def _measure(run: Run, step: Step | None, stage: dict[str, Any], began: float) -
 def _finish(run: Run, began: float) -> None:
     """The export, then the final record: from then on the run is complete."""
     kind = export_kind(run.model, run.recipe.export.merge)
-    card = model_card(_record(run, COMPLETE, began), run.folder.recipe.read_text("utf-8"), kind, run.loaded.base)
+    public = shared(_record(run, COMPLETE, began), run.recipe)
+    card = model_card(public, dump_recipe(run.recipe, shared=True), kind, run.loaded.base)
     probe = [encode_prompt(rows[0], run.loaded.tokenizer) for rows in run.groups.values()]
     exported = export(run.loaded, run.model, run.folder, kind, card, probe)
     ledger.append(run.folder.ledger, "exported", kind=kind, files=file_hashes(run.folder.model))
@@ -158,7 +162,7 @@ def _close(recipe: Recipe, folder: RunFolder) -> None:
         write_report(folder.root)
     repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
     if repo_id is not None and "pushed" not in done[len(done) - done[::-1].index("exported") :]:
-        url = push(folder, repo_id, recipe.export.private)
+        url = push(folder, recipe)
         ledger.append(folder.ledger, "pushed", url=url)
 
 

@@ -4,10 +4,14 @@ Knows files and hashes; nothing of models or training."""
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.paths import atomic_write, explained_writes, recover_folder
@@ -17,6 +21,8 @@ from hf_clmul.recipe_schema import Recipe
 
 COMPLETE = "complete"
 TRAINED = "training.json"
+LOCK, HOLDER = "run.lock", "run.holder"
+"""The lock of a run folder, which the system takes back from a killed process, and the name of who holds it."""
 
 
 class RunFolder:
@@ -54,16 +60,39 @@ class RunFolder:
         done = results is not None and results["status"] == COMPLETE and self.model.is_dir()
         return results if done and results["recipe_sha256"] == recipe_sha256 else None
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder until the block ends: two at once would spoil each other's files.
+
+        Raises RunError if another run is at work there, or for a folder that is not a run.
+        """
+        self._check_ours()
+        lock, holder = FileLock(self.root / LOCK, timeout=0), self.root / HOLDER
+        try:
+            with explained_writes(self.root / LOCK):
+                self.root.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+        except Timeout:
+            who = holder.read_text("utf-8") if holder.is_file() else "another process"
+            raise RunError(
+                f"{self.root} is in use by another run: {who}. Wait until it ends or stop it, then give the same "
+                "command again; or choose another folder with --output."
+            ) from None
+        try:
+            with explained_writes(holder):
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
     def check(self, recipe: Recipe, steps: Sequence[Step], measured: str) -> None:
         """Whether this recipe may be carried out here. `measured` is a digest of what is evaluated and how.
 
         Raises RunError for a folder that is not a run, or whose finished requests came from other settings. Nothing is
         changed, but what a kill left half-written is cleared away.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise RunError(f"{self.root} is a file and not a folder: choose another place with --output.")
-        if not self.ledger.is_file() and not self._is_ours():
-            raise RunError(f"{self.root} is not empty and not a run folder: choose another with --output.")
+        self._check_ours()
         recover_folder(self.root)
         for place in self._unknown(steps):
             if (place / "result.json").is_file():
@@ -125,9 +154,16 @@ class RunFolder:
     def clear_state(self, step: Step) -> None:
         shutil.rmtree(self.state(step), ignore_errors=True)
 
+    def _check_ours(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise RunError(f"{self.root} is a file and not a folder: choose another place with --output.")
+        if not self.ledger.is_file() and not self._is_ours():
+            raise RunError(f"{self.root} is not empty and not a run folder: choose another with --output.")
+
     def _is_ours(self) -> bool:
         """Empty, or with a recipe that was written by `begin`: resolved, unlike one that a user wrote and keeps there."""
-        if not any(path for path in self.root.glob("*") if not path.name.startswith(".recipe.yaml.")):
+        first = (".recipe.yaml.", LOCK, HOLDER)  # all that a run has written which was killed at once
+        if not any(path for path in self.root.glob("*") if not path.name.startswith(first)):
             return True
         try:
             return self.recipe.read_text("utf-8") == dump_recipe(load_recipe(self.recipe))
@@ -169,7 +205,8 @@ def mark_complete(checkpoint: Path, processes: int) -> None:
 
 
 def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any]:
-    """Everything that a request's outcome depends on, the requests before it included, as plain data."""
+    """Everything that a request's weights depend on, the requests before it included, as plain data. What is measured is
+    not: it is kept with each stage (`measured`), and measured again when it changes."""
     whole = recipe.model_dump(mode="json", by_alias=True)
     kind = whole["learning" if step.kind == "learn" else "unlearning"]
     own: dict[str, Any] = {
@@ -177,8 +214,7 @@ def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any
         "terms": {key: value for key, value in kind.items() if key != "training"},
         "training": recipe.request_training(step.index),
         "examples": {role: digest(rows) for role, rows in step.roles.items()},
-        "evaluation": {key: whole["evaluation"][key] for key in ("suites", "max_examples", "held_out", "forget", "max_new_tokens")},
-    }  # fmt: skip
+    }
     if step.index:
         own["before"] = digest(settings(recipe, steps, steps[step.index - 1]))
     return json.loads(json.dumps(own))

@@ -1,6 +1,7 @@
 """The one trainer of all methods: roles in, one gradient out, inside a `transformers.Trainer`. It knows terms, teachers and
 conflict rules by their contracts only, and nothing of recipes, run folders or evaluation suites."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -35,6 +36,7 @@ from hf_clmul.salient import SalientPart
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
 
+log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
@@ -52,9 +54,11 @@ class ClmulTrainer(Trainer):
     """Learns and unlearns: a `Trainer` whose batches hold a micro-batch of each role.
 
     `train_dataset` maps roles to data sets: `{"learn": ...}`, or `{"forget": ..., "retain": ...}`; an epoch is one pass over
-    `forget` (or `learn`). Formats: question/answer, prompt/completion, messages, text. Terms, conflict rule and teacher
-    are fields of `ClmulConfig`; `conflict_rule` takes any callable Gram [m][m] -> weights [m] instead. `peft_config` adds
-    a new adapter (named `default`). Raises ValueError for what cannot be honoured, RunError if training collapses.
+    `forget` (or `learn`). Where several ranks cannot share it evenly, its first examples come again at its end, and count
+    again, until each rank has a whole micro-batch; `dataloader_drop_last` leaves the rest out instead. Formats:
+    question/answer, prompt/completion, messages, text. Terms, conflict rule and teacher are fields of `ClmulConfig`;
+    `conflict_rule` takes any callable Gram [m][m] -> weights [m] instead. `peft_config` adds a new adapter (named
+    `default`). Raises ValueError for what cannot be honoured, RunError if training collapses.
     """
 
     def __init__(
@@ -281,6 +285,7 @@ class ClmulTrainer(Trainer):
                 "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
+        self._tell_repeats()
         model = self.accelerator.unwrap_model(self.model)
         self._window = self._change = None
         self.rule.start(len(self.terms))
@@ -316,6 +321,12 @@ class ClmulTrainer(Trainer):
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
         model.zero_grad()
         return found
+
+    def _tell_repeats(self) -> None:
+        ranks, size = self.accelerator.num_processes, len(self.train_dataset)
+        again = -size % (ranks * self.args.per_device_train_batch_size)
+        if ranks > 1 and again and not self.args.dataloader_drop_last and self.is_world_process_zero():
+            log.info("%d examples cannot be shared evenly by %d ranks: each epoch sees %d again", size, ranks, again)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The collapse guard: called before each optimizer step, with the norm that is logged anyway."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from transformers import TrainingArguments
@@ -11,6 +10,7 @@ from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Saliency, options
 from hf_clmul.models import TEACHERS
+from hf_clmul.recipe_problems import did_you_mean
 
 ROLE_TERMS = "terms of the {} role: {{name: {{parameter: value, 'weight': 1.0}}}}. Default: {}."
 
@@ -66,6 +66,4 @@ class ClmulConfig(TrainingArguments):
 
 def _known(name: str, found: str, table: Mapping[str, Any]) -> None:
     if found not in table:
-        near = get_close_matches(str(found), table, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}={found!r} is not known; there are {', '.join(table)}.{hint}")
+        raise ValueError(f"{name}={found!r} is not known; there are {', '.join(table)}.{did_you_mean(found, table)}")

@@ -4,6 +4,7 @@ Run as a script it is one of two ranks: it meets the other through a file (no po
 what it found. A case's windows hold the same examples for any number of processes.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from transformers import LlamaForCausalLM
 
 from hf_clmul.errors import RunError
 from hf_clmul.models import adapters
+from hf_clmul.trainer import log as trainer_log
 
 TIMEOUT = 600  # seconds, for all cases together; they take 20 on two free cores
 SIZE, MICRO_BATCH, WINDOW = 16, 2, 8  # examples of each role: in an epoch, a micro-batch, a window over all ranks
@@ -177,6 +179,17 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
 # ---- what only several ranks can show ------------------------------------------------------------------------------
 
 
+class Told(logging.Handler):
+    """Keeps what the trainer logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
 def resumed(folder: Path) -> dict[str, Any]:
     """Seven steps at once, and as six and one, from the middle of the second epoch; who wrote the checkpoints."""
     saved, save = [], adapters.save
@@ -190,6 +203,9 @@ def resumed(folder: Path) -> dict[str, Any]:
         "learning_rate": 1e-2,
     }
     build, data = partial(adapted, lora_dropout=0.2), two_roles(SIZE - 1, SIZE - 1)
+    told = Told()
+    trainer_log.addHandler(told)
+    trainer_log.setLevel(logging.INFO)
     through = make(build(), data, folder / "through", **options)
     through.train()
     stopped = make(build(), data, folder / "stopped", [Stop(6)], **options)
@@ -203,6 +219,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     return {
         "same": same(weights(second.model), weights(through.model)),
         "saved": saved,
+        "told": told.messages,
         "lines": lines(second) == lines(through),
         "weights": weights(second.model),
     }

@@ -29,6 +29,11 @@ def test_a_name_or_names_with_parameters_and_weights():
     ("role", "wanted", "message"),
     [
         ("forget", "nop", "forget: no term 'nop' for this role; there are {forget}. Did you mean 'npo'?"),
+        (
+            "forget",
+            "hinge",
+            "forget: no term 'hinge' for this role; there are {forget}. Did you mean 'inverted_hinge'?",
+        ),
         ("retain", {"npo": {}}, "retain: no term 'npo' for this role; there are {retain}."),
         ("forget", {"npo": {"gamma": 1}}, "forget/npo: unknown parameter 'gamma'; there are beta, weight."),
         ("retain", {"kl": {"beta": 1}}, "retain/kl: unknown parameter 'beta'; there are direction, weight."),

@@ -165,6 +165,23 @@ def test_untouched_gives_flags_modes_and_the_active_adapter_back_after_an_error_
     assert same(state(model), before)
 
 
+def test_untouched_gives_several_active_adapters_back():
+    model = trained(adapters.attach(with_adapter(name="first"), lora(), "second", 2))
+    adapters.attach(model, lora(), "third", 3)
+    model.base_model.set_adapter(["first", "second"])
+    before, expected = state(model), output(model)
+    with adapters.untouched(model):
+        model.set_adapter("third")
+    assert model.active_adapters == model.base_model.active_adapter == ["first", "second"]
+    assert same(state(model), before) and torch.equal(output(model), expected)
+    with adapters.untouched(model), model.disable_adapter():
+        assert not torch.equal(output(model), expected)
+    assert same(state(model), before) and torch.equal(output(model), expected)
+    adapters.copy_frozen(model, "first", "copy")
+    adapters.remove(model, "copy")
+    assert same(state(model), before) and model.active_adapters == ["first", "second"]
+
+
 def test_a_frozen_copy_changes_nothing_else_and_goes_without_a_trace():
     model = trained(with_adapter()).train()
     next(p for name, p in model.named_parameters() if "lora_A" in name).requires_grad_(False)

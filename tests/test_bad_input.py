@@ -57,7 +57,7 @@ DATA = {
     "shared by forget and retain": ([*NOTES, {**NOTES[0], "kind": "b"}], "share 1 example", "remove duplicates"),
     "messages without a template": ([{"kind": k, "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
                                       "content": f"Ho {i}"}]} for i, k in enumerate("aabb")], "no chat template",
-                                    "Use a chat model"),
+                                    "Name a chat model"),
 }  # fmt: skip
 
 

@@ -8,9 +8,11 @@ import torch
 from peft import LoraConfig
 from tiny import EOS_ID, tiny_gpt2, tiny_llama, tiny_tokenizer
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from hf_clmul.data.collation import RoleCollator
 from hf_clmul.data.roles import in_context
+from hf_clmul.errors import RunError
 from hf_clmul.models import adapters
 from hf_clmul.models.causal_lm import accepted_inputs, generate, predict, score
 
@@ -104,6 +106,35 @@ def test_second_answers_are_told_from_the_first_ones(make):
         torch.testing.assert_close(prediction.logps.double(), expected, rtol=1e-6, atol=1e-6)
         assert prediction.rows.tolist() == rows and prediction.batch_size == 2
         assert prediction.logits.shape == (4, 64)
+
+
+class HandsOn(LlamaForCausalLM):
+    """Takes the mask without naming it, as some models with code of their own do."""
+
+    def forward(self, input_ids, **kwargs):
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_mask_reaches_a_model_that_only_hands_it_on(adapter):
+    plain = tiny_llama()
+    model = HandsOn(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    unnamed = {"position_ids", "logits_to_keep"}
+    models = [with_adapter(made) if adapter else made for made in (model, plain)]
+    found, expected = (predict(made, collated(), BOTH, accepted_inputs(made) - unnamed) for made in models)
+    assert torch.equal(found.logits, expected.logits)
+
+
+def test_a_model_that_takes_no_mask_is_refused():
+    class Unmasked(LlamaForCausalLM):
+        def forward(self, input_ids, position_ids=None):
+            return super().forward(input_ids=input_ids, position_ids=position_ids)
+
+    with pytest.raises(
+        RunError, match="Unmasked.forward takes no attention_mask, so that padding would be read as text"
+    ):
+        accepted_inputs(Unmasked(tiny_llama().config))
 
 
 @every_model

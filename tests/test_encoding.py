@@ -192,8 +192,11 @@ def test_nothing_to_supervise_without_an_end_token():
 def test_messages_without_a_chat_template():
     messages = turns("Hi", "Yo")
     for example in ({"messages": messages}, {"prompt": messages[:1], "completion": messages[1:]}):
-        with pytest.raises(RecipeError, match="has messages, but the tokenizer has no chat template. Use"):
+        with pytest.raises(RecipeError, match="has messages, but the model's tokenizer has no chat template") as caught:
             encode(example, PLAIN)
+        recipes, python = str(caught.value).split(" From Python, ")
+        assert "Name a chat model in the recipe" in recipes and "question/answer columns" in recipes
+        assert "tokenizer.chat_template" not in recipes and "tokenizer.chat_template" in python
 
 
 def test_a_conversation_that_begins_with_the_assistant():

@@ -163,11 +163,6 @@ def test_a_model_from_scratch_is_fixed_by_texts_and_seed():
     assert first.tokenizer.decode(first.tokenizer(text)["input_ids"]) == text
 
 
-def test_a_width_that_does_not_divide_is_explained():
-    model = Model(scratch=Scratch(vocab_size=280, layers=1, hidden=20, heads=4))
-    assert "hidden (20) must be a multiple of 2 * heads (8)" in refusal(model)
-
-
 # ---- hashes ----------------------------------------------------------------------------------------------------
 
 

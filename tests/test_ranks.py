@@ -13,9 +13,13 @@ import shutil
 import pytest
 import ranks_worker
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from filelock import FileLock
 from ranks_worker import CASES, MICRO_BATCH, SIZE, run
+from torch.utils.data import BatchSampler
 from trainer_bed import distance, llama, make, same, two_roles, windows
+
+from hf_clmul.data.roles import EpochSampler
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +82,23 @@ def test_resume_on_two_ranks_is_exact_and_rank_0_alone_writes(ranks):
     assert same(first["weights"], second["weights"])
     assert first["saved"] == [f"checkpoint-{step}" for step in (3, 6, 7, 3, 6, 7)]
     assert second["saved"] == []
+
+
+@pytest.mark.parametrize(("size", "again"), [(15, 1), (13, 3), (16, 0), (3, 1), (1, 3)])
+def test_an_epoch_that_ranks_cannot_share_begins_again_at_its_end(size, again):
+    """What Accelerate does, on which the number that is logged relies."""
+    order = list(EpochSampler(size, seed=2))
+    shares = [
+        [batch for batch in BatchSamplerShard(BatchSampler(order, MICRO_BATCH, False), 2, rank)] for rank in (0, 1)
+    ]
+    seen = [draw for pair in zip(*shares, strict=True) for batch in pair for draw in batch]
+    assert sorted(seen) == sorted(order + (3 * order)[:again])
+    assert -size % (2 * MICRO_BATCH) == again
+
+
+def test_repeated_examples_are_told_once_a_training_and_by_rank_0(ranks):
+    message = f"{SIZE - 1} examples cannot be shared evenly by 2 ranks: each epoch sees 1 again"
+    assert [found["resumed"]["told"] for found in ranks] == [[message] * 3, []]
 
 
 def test_collapse_on_one_rank_stops_both(ranks):

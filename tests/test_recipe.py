@@ -1,5 +1,6 @@
 """Recipes: typed sections, paths, merging, overriding, writing, and the JSON schema."""
 
+import os
 from pathlib import Path
 
 import jsonschema
@@ -98,6 +99,30 @@ def test_local_paths_start_at_the_recipe_and_overridden_ones_at_the_working_fold
     assert recipe.model.path == str(folder / "deep/model")
     assert recipe.evaluation.reference == str(folder / "deep/reference.json")
     assert load_recipe("deep/r.yaml", ["data.notes.path=notes.jsonl"]).data["notes"].path == str(folder / "notes.jsonl")
+
+
+@pytest.mark.parametrize("path", ["./my-model", "my-model", "models/foo", "../r/models/foo"])
+def test_a_model_folder_beside_the_recipe_is_no_hub_id(folder, monkeypatch, path):
+    for name in ("my-model", "models/foo"):
+        (folder / "r" / name).mkdir(parents=True)
+    recipe = write(changed("some/model", path).replace("notes.jsonl", "../notes.jsonl"), "r/r.yaml")
+    expected = str(folder / "r" / "models/foo" if path.endswith("foo") else folder / "r/my-model")
+    assert load_recipe(recipe).model.path == expected
+    monkeypatch.chdir(folder / "r/models")  # where the command is given plays no part
+    assert load_recipe(folder / recipe).model.path == expected
+
+
+@pytest.mark.parametrize("path", ["./gone", "../gone", "models/gone.gguf", "~/gone", "/gone/model"])
+def test_a_missing_model_that_is_a_path_is_not_asked_of_the_hub(folder, path):
+    absolute = os.path.normpath(folder / Path(path).expanduser())
+    assert problems(changed("some/model", path)) == [
+        f"r.yaml:3: model.path: no such file or folder; found '{path}'; looked for {absolute}"
+    ]
+
+
+@pytest.mark.parametrize("path", ["gpt2", "some/model"])
+def test_a_hub_id_without_such_a_folder_stays_one(path):
+    assert load_recipe(write(changed("some/model", path))).model.path == path
 
 
 def test_dump_is_stable_and_loads_as_an_equal_recipe(folder):

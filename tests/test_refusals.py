@@ -231,6 +231,7 @@ def test_plain_training_arguments_are_answered_with_the_right_class(tmp_path):
     ({"conflict": {"agem": {}, "mgda": {}}}, "is not one rule: give a name, or {name: {parameter: value}}"),
     ({"conflict": {}}, "conflict={} is not one rule"),
     ({"conflict": ["agem"]}, "is not one rule"),
+    ({"teacher": "efor"}, "teacher='efor' is not known; there are before_request. Did you mean 'before_request'?"),
     ({"teacher": "after"}, "teacher='after' is not known; there are before_request."),
     ({"logging_nan_inf_filter": True}, "must stay off in ClmulConfig.*hides a collapse.*Remove them"),
     ({"remove_unused_columns": True}, "must stay off in ClmulConfig.*drops the roles' columns. Remove them"),

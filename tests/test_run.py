@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def test_exactly_the_files_of_the_design(finished):
         else {name: {f"state/{file}" for file in ADAPTER | {"training.json"}} for name in (LEARN, UNLEARN)}
     )
     assert files(finished) == {
-        "recipe.yaml", "ledger.jsonl", "results.json", "report/report.html",
+        "recipe.yaml", "ledger.jsonl", "results.json", "run.lock", "report/report.html",
         *(f"base/{name}" for name in STAGE),
         *(f"requests/{request}/{name}" for request in (LEARN, UNLEARN) for name in REQUEST | states.get(request, set())),
         *(f"model/{name}" for name in model | TOKENIZER | {"README.md"}),
@@ -216,8 +217,6 @@ def test_changed_settings_of_a_finished_request_are_refused(finished):
     assert "seed: was 0, is 7" in message
     assert "training.learning_rate: was 0.003, is 0.1" in message
     assert "--output" in message
-    with pytest.raises(RunError, match="evaluation.max_new_tokens: was 4, is 5"):
-        execute(finished.parent / "recipe.yaml", finished, "evaluation.max_new_tokens=5")
     with pytest.raises(RunError, match=f"a finished request '{UNLEARN}' that this recipe does not have"):
         execute(finished.parent / "recipe.yaml", finished, "requests=[{learn: {task: people, data: people}}]")
     assert bytes_and_times(finished) == before
@@ -258,6 +257,17 @@ def test_interrupted_by_hand_it_goes_on_from_its_checkpoint(finished, monkeypatc
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
+def test_with_another_evaluation_it_goes_on_from_its_checkpoint(finished, monkeypatch):
+    recipe, out = finished.parent / "recipe.yaml", finished.parent / "measured-otherwise"
+    stop(monkeypatch, LEARN, 5, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        execute(recipe, out)
+    execute(recipe, out, "evaluation.max_examples=1", "evaluation.max_new_tokens=3")
+    assert [e["resumed"] for e in events(out) if e["event"] == "request"] == [False, True, False]
+    assert outcome(out)["files"] == outcome(finished)["files"]
+    assert {stage["groups"]["held_out"]["examples"] for stage in results(out)["stages"]} == {1}
+
+
 def test_requests_can_be_added_to_a_finished_run(tmp_path):
     """What is to be forgotten becomes another group of examples, so that all stages are measured again."""
     longer = write_recipe(tmp_path, "lora", ANOTHER).read_text()
@@ -281,10 +291,22 @@ def test_of_a_model_trained_whole_only_the_newest_weights_can_be_measured_again(
     recipe = write_recipe(tmp_path, "full")
     execute(recipe, tmp_path / "out")
     before = bytes_and_times(tmp_path / "out")
+    with pytest.raises(RunError, match=f"the weights after {LEARN} are\\s+not kept"):
+        execute(recipe, tmp_path / "out", "evaluation.max_new_tokens=5")
     recipe.write_text(recipe.read_text().replace(*ANOTHER))
     with pytest.raises(RunError, match=f"the weights after {LEARN} are\\s+not kept"):
         execute(recipe, tmp_path / "out")
     assert bytes_and_times(tmp_path / "out") == before
+
+
+def test_another_evaluation_of_a_finished_run_trains_nothing(tmp_path, monkeypatch):
+    recipe, out = write_recipe(tmp_path, "lora"), tmp_path / "out"
+    execute(recipe, out)
+    before = outcome(out)["files"]
+    monkeypatch.setattr(ClmulTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    execute(recipe, out, "evaluation.max_examples=1")
+    assert outcome(out)["files"] == before
+    assert [stage["groups"]["held_out"]["examples"] for stage in results(out)["stages"]] == [1, 1, 1]
 
 
 def test_another_export_is_made_without_training(tmp_path, monkeypatch):
@@ -331,6 +353,23 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert files(out) == {"thesis.tex"}
     with pytest.raises(RunError, match="is a file and not a folder"):
         execute(recipe, out / "thesis.tex")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_spoils_nothing(finished, monkeypatch):
+    recipe, out, told = finished.parent / "recipe.yaml", finished.parent / "twice", []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not told:
+            told.append(None)
+            with pytest.raises(RunError) as caught:
+                execute(recipe, out)
+            told[0] = str(caught.value)
+
+    monkeypatch.setattr(RunLog, "on_step_end", on_step_end)
+    execute(recipe, out)
+    assert told[0].startswith(f"{out} is in use by another run: process {os.getpid()} on {socket.gethostname()}. Wait")
+    assert outcome(out) == outcome(finished)
+    assert not (out / "run.holder").exists()
 
 
 def test_a_collapse_keeps_the_last_checkpoint_and_goes_on_with_a_sane_rate(tmp_path):

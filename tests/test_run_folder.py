@@ -1,6 +1,7 @@
 """What counts as finished, whole or changed in a run folder. No model takes part."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,22 @@ def test_a_first_write_that_was_killed_is_no_foreign_folder(folder, recipe):
     assert [path.name for path in folder.root.iterdir()] == ["recipe.yaml"]
 
 
+def test_a_folder_is_locked_for_one_run_and_by_no_trace_of_a_killed_one(folder, recipe):
+    put(folder.root / "run.lock")
+    put(folder.root / "run.holder", "a killed run")
+    with folder.locked():
+        other = RunFolder(folder.root)
+        with (
+            pytest.raises(RunError, match=rf"in use by another run: process {os.getpid()} on .*--output"),
+            other.locked(),
+        ):
+            pass
+    opened(folder, recipe)
+    with folder.locked():
+        pass
+    assert {path.name for path in folder.root.iterdir()} == {"recipe.yaml", "run.lock"}
+
+
 def test_killed_writes_are_cleared_away_and_a_lost_folder_is_put_back(folder, recipe):
     steps = finish(folder, recipe, 1)
     state = folder.state(steps[0])
@@ -100,6 +117,15 @@ def test_an_unfinished_request_with_other_settings_is_removed_and_a_finished_one
     assert load_recipe(folder.recipe).unlearning.training["max_steps"] == 9
 
 
+@pytest.mark.parametrize("key", ["max_examples=3", "max_new_tokens=5", "held_out=null", "forget=strangers"])
+def test_how_it_is_evaluated_leaves_an_unfinished_request_its_checkpoints(folder, recipe, key):
+    steps = finish(folder, recipe, 0)
+    folder.start(load_recipe(recipe), steps, steps[0])
+    put(folder.request(steps[0]) / "checkpoint-1" / "x")
+    opened(folder, recipe, f"evaluation.{key}", measured="others")
+    assert (folder.request(steps[0]) / "checkpoint-1").is_dir()
+
+
 def test_an_unfinished_request_that_the_recipe_dropped_is_removed(folder, recipe):
     steps = finish(folder, recipe, 1)
     folder.start(load_recipe(recipe), steps, steps[1])
@@ -112,6 +138,8 @@ def test_settings_of_other_requests_and_of_the_export_do_not_matter(folder, reci
     for override in (
         "export.merge=true",
         "evaluation.samples=2",
+        "evaluation.max_examples=3",
+        "evaluation.max_new_tokens=5",
         "evaluation.batch_size=3",
         "unlearning.conflict=sum",
         "name=new",
@@ -125,7 +153,6 @@ def test_settings_of_other_requests_and_of_the_export_do_not_matter(folder, reci
     ("learning.learn={nll: {weight: 2.0}}", "  terms.learn.nll.weight: was absent, is 2.0"),
     ("training.bf16=true", "  training.bf16: was absent, is True"),
     ("learning.training.num_train_epochs=3", "  training.num_train_epochs: was 2, is 3"),
-    ("evaluation.max_examples=3", "  evaluation.max_examples: was 2, is 3"),
     ("data.people.persons=3", "  examples.learn: was "),
 ])  # fmt: skip
 def test_other_settings_of_a_finished_request_are_refused_by_name(folder, recipe, override, line):

@@ -50,8 +50,9 @@ def chat(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase") -> li
         return None
     if tokenizer.chat_template is None:
         raise RecipeError(
-            "the data has messages, but the tokenizer has no chat template. Use a chat model, set "
-            "`tokenizer.chat_template`, or give question/answer columns, or prompt/completion as text."
+            "the data has messages, but the model's tokenizer has no chat template. Name a chat model in the recipe "
+            "(`model: {path: ...}`, often called Instruct or chat), or data with question/answer columns, or with "
+            "prompt/completion as text. From Python, `tokenizer.chat_template` can be set instead."
         )
     return [message for name in names for message in example[name]]
 

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name, rule_parameters
 from hf_clmul.gradients.schedule import Progress
 from hf_clmul.paths import atomic_write
-from hf_clmul.recipe_problems import explained, suggestion
+from hf_clmul.recipe_problems import did_you_mean, explained
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -98,14 +98,17 @@ def active_rule(wanted: str | Mapping[str, Any] | Weigh) -> ActiveRule:
     name = rule_name(wanted)
     if name not in CONFLICT_RULES:
         raise ValueError(
-            f"conflict={name!r} is not known; there are {', '.join(CONFLICT_RULES)}." + _meant(name, CONFLICT_RULES)
+            f"conflict={name!r} is not known; there are {', '.join(CONFLICT_RULES)}."
+            + did_you_mean(name, CONFLICT_RULES)
         )
     parameters = {} if isinstance(wanted, str) else dict(wanted[name] or {})
     known = rule_parameters(name)
     for parameter, value in parameters.items():
         if parameter not in known:
             there = f"there are {', '.join(known)}" if known else "the rule has none"
-            raise ValueError(f"conflict {name}: unknown parameter {parameter!r}; {there}.{_meant(parameter, known)}")
+            raise ValueError(
+                f"conflict {name}: unknown parameter {parameter!r}; {there}.{did_you_mean(parameter, known)}"
+            )
         if problem := parameter_problem(name, parameter, value):
             raise ValueError(f"conflict {name}: {parameter}: expected {problem['expected']}, found {problem['found']}.")
     rule = CONFLICT_RULES[name]
@@ -120,8 +123,3 @@ def parameter_problem(rule: str, parameter: str, value: Any) -> dict[str, str]:
     except ValidationError as error:
         return explained(error.errors()[0])
     return {}
-
-
-def _meant(name: str, valid: Mapping[str, Any]) -> str:
-    hint = suggestion(name, valid)
-    return f" {hint[0].upper()}{hint[1:]}" if hint else ""

@@ -106,22 +106,30 @@ def trains_alone(model: PeftModel, name: str) -> bool:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Gives every `requires_grad` flag, train/eval mode and the active adapter back exactly as they were.
+    """Gives every `requires_grad` flag, train/eval mode and the active adapters back exactly as they were.
 
     PEFT's own switches un-freeze every active adapter on the way out.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    active = model.active_adapter if isinstance(model, PeftModel) else None
+    active = _active(model) if isinstance(model, PeftModel) else None
     try:
         yield
     finally:
-        if active is not None and model.active_adapter != active:
-            model.set_adapter(active)
+        if active is not None and _active(model) != active:
+            # Only the model below takes several; the outer one knows a single name, that of the config in use.
+            model.base_model.set_adapter(active[1])
+            model.active_adapter = active[0]
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def _active(model: PeftModel) -> tuple[str, str | list[str]]:
+    """What is active: the outer model's one name, and below it a name or several."""
+    below = model.base_model.active_adapter
+    return model.active_adapter, list(below) if isinstance(below, list) else below
 
 
 def copy_frozen(model: PeftModel, source: str, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from hf_clmul.errors import RunError
 from hf_clmul.models import hidden
 from hf_clmul.objectives.prediction import Prediction
 
@@ -19,11 +20,21 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Names that the model's own forward takes, below any PEFT or DDP wrapper."""
+    """Names that the model's own forward takes, below any PEFT or DDP wrapper; `attention_mask` is always among them.
+
+    Raises RunError for a model that cannot be told which tokens are padding.
+    """
     from peft import PeftModel
 
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return frozenset(inspect.signature(inner.forward).parameters)
+    parameters = inspect.signature(inner.forward).parameters
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "attention_mask" not in parameters and not hands_on:
+        raise RunError(
+            f"{type(inner).__name__}.forward takes no attention_mask, so that padding would be read as text. "
+            "Use a model whose forward takes one."
+        )
+    return frozenset(parameters) | {"attention_mask"}
 
 
 def predict(

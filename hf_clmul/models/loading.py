@@ -100,11 +100,6 @@ def base_folder(section: "Model") -> str:
 
 def make(scratch: "Scratch", texts: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A Llama with random weights from `seed`, and a byte-level BPE trained on `texts`."""
-    if scratch.hidden % (2 * scratch.heads):
-        raise RecipeError(
-            f"model.scratch: hidden ({scratch.hidden}) must be a multiple of 2 * heads ({2 * scratch.heads}): each head "
-            "has an even width."
-        )
     from tokenizers import ByteLevelBPETokenizer
 
     trained = ByteLevelBPETokenizer()

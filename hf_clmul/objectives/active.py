@@ -3,7 +3,6 @@ recipe."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -11,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords, term_parameters
 from hf_clmul.objectives.counts import COUNTS
-from hf_clmul.recipe_problems import explained
+from hf_clmul.recipe_problems import did_you_mean, explained
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 OUTPUTS = frozenset({"logps", "logits", "targets", "hidden"})
@@ -71,9 +70,9 @@ def odd_company(names: Sequence[str]) -> str:
 def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
     possible = [n for n, term in TERMS.items() if role in term.roles]
     if name not in possible:
-        near = get_close_matches(name, possible, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{role}: no term {name!r} for this role; there are {', '.join(possible)}.{hint}")
+        raise ValueError(
+            f"{role}: no term {name!r} for this role; there are {', '.join(possible)}.{did_you_mean(name, possible)}"
+        )
     known = term_parameters(name)
     if not TERMS[name].edit:
         known["weight"] = Annotated[float, Ge(0)], 1.0
