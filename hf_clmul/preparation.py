@@ -108,7 +108,12 @@ def reinforcing(trainer: "ClmulTrainer", how: settings.Reinforced) -> Iterator[n
                 )  # fmt: skip
                 learning.remove_callback(PrinterCallback)
                 learning.remove_callback(ProgressCallback)
-                learning.train()
+                try:
+                    learning.train()
+                except RunError as error:
+                    raise RunError(
+                        f"in the training on the forget data alone, at the term's `learning_rate`: {error}"
+                    ) from error
                 # Accelerate wraps forward for good, and the trainer to come wraps it itself.
                 learning.accelerator.unwrap_model(learning.model, keep_fp32_wrapper=False)
                 learning.accelerator.free_memory()

@@ -250,7 +250,7 @@ def test_log_sigmoid_keeps_its_value_and_slope_where_exp_overflows():
 
 GOLDEN = {
     **{name: name for name in ("grad_ascent", "npo", "simnpo", "wga", "satimp", "ce_u", "undial")},
-    **{"idk": "dpo", "rmu": "rmu_forget", "hidden_mse": "rmu_retain"},
+    **{"idk": "dpo", "dpo": "dpo", "altpo": "dpo", "rmu": "rmu_forget", "hidden_mse": "rmu_retain"},
 }
 NAMES = {
     "steering_coeff": "steering_coefficient",

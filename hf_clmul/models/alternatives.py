@@ -44,6 +44,7 @@ def own_alternatives(
     cached = cache_folder() / "alternatives" / f"{key[:32]}.json"
     if cached.is_file():
         return json.loads(cached.read_text("utf-8"))
+    log.info("writing %d alternatives to each of %d examples", number, len(examples))
     written = _written(model, tokenizer, prompts, number, seed, settings[-1])
     fitting = [
         [text for text in texts if text and text != answer] for texts, (_, answer) in zip(written, pairs, strict=True)
