@@ -285,7 +285,8 @@ class ClmulTrainer(Trainer):
                 "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
-        self._tell_repeats()
+        if self.train_dataset is not None:
+            self._tell_repeats()
         model = self.accelerator.unwrap_model(self.model)
         self._window = self._change = None
         self.rule.start(len(self.terms))
