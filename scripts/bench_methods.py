@@ -5,7 +5,7 @@
     python scripts/bench_methods.py --bed quickstart --methods npo undial --budget 1e-3
 
 Every method and rule gets the same budget: the learning rates of --budget (for LUR the same number of trials, shared
-between learning rates and alphas), tried on a seed of its own and judged by `gap`, the mean distance to the retrained models
+between learning rates and alphas), tried on two seeds of their own and judged by `gap`, the mean distance to the retrained models
 over the forget and retain groups. The best setting is then run on the seeds. Each result is kept in --output (jsonl), so that a
 stopped comparison goes on; `--report` writes the table and the figure from there. It holds no library logic.
 """
@@ -44,20 +44,20 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """One retain term for all but those that come with their own; weights bring unbounded or large losses into range."""
 RULES = ("sum", "pcgrad_retain_first", "lur")
-ALPHAS = (0.03, 0.3)
-TUNING_SEED, RETRAINED = 100, {"mini": "mini/retrained", "quickstart": "quickstart-retrained"}
+TUNING_SEEDS = (100, 101)
+Budget = tuple[list[float], list[float]]
 LEARNED = {"mini": "mini/npo", "quickstart": "quickstart"}
 
 
-def trials(rule: str, rates: list[float]) -> list[dict[str, Any]]:
+def trials(rule: str, rates: list[float], alphas: list[float]) -> list[dict[str, Any]]:
     """The settings that a method may try under a rule: as many for each rule."""
     if rule != "lur":
         return [{"conflict": rule, "learning_rate": rate} for rate in rates]
-    kept = rates[1 :: len(ALPHAS)] or rates
+    kept = rates[1 :: len(alphas)] or rates
     tried = [
         {"conflict": "sum", "lookahead": {"alpha": alpha, "mode": "cross"}, "learning_rate": rate}
         for rate in kept
-        for alpha in ALPHAS
+        for alpha in alphas
     ]
     return tried[-len(rates) :]
 
@@ -100,54 +100,75 @@ class Comparison:
         cosines = [line["cosine/forget/retain"] for line in log if "cosine/forget/retain" in line]
         extra = {"seconds": seconds, "steps": len(log), "cosine": mean(cosines) if cosines else None}
         record = self.records.add(**asked, figures=figures(bed.measured(), references), **extra)
-        shown = {name: round(value, 3) for name, value in record["figures"].items()}
+        shown = {name: round(value, 3) for name, value in record["figures"].items() if value is not None}
         print(seed, method, rule, setting, shown, flush=True)
         return record
 
     def baseline(self, seed: int) -> None:
         """The learned model before unlearning, and a retrained model of another seed."""
         for method in ("before", "retrained"):
-            if self.records.find(bed=self.bed, seed=seed, method=method) is None:
-                bed, references = self._prepared(seed)
-                if method == "before":
-                    bed.restore()
-                found = figures(bed.measured(), references) if method == "before" else None
-                found = found or figures(references[1], references[:1])
-                asked = {"bed": self.bed, "seed": seed, "method": method, "rule": "-", "setting": {}}
-                self.records.add(**asked, figures=found)
+            asked = {"bed": self.bed, "seed": seed, "method": method, "rule": "-", "setting": {}}
+            if self.records.find(**asked) is not None:
+                continue
+            bed, references = self._prepared(seed)
+            if method == "before":
+                bed.restore()
+                self.records.add(**asked, figures=figures(bed.measured(), references))
+            elif len(references) > 1:
+                self.records.add(**asked, figures=figures(references[1], references[:1]))
 
     def _prepared(self, seed: int) -> tuple[Bed, list[Groups]]:
         if seed not in self._beds:
-            self._references[seed] = [
-                Bed(RETRAINED[self.bed], own, "evaluation.reference=null").measured() for own in (seed + 1000, seed + 2000)
-            ] if self.bed == "quickstart" else [
-                Bed(RETRAINED[self.bed], own).measured() for own in (seed + 1000, seed + 2000)
-            ]  # fmt: skip
             self._beds[seed] = Bed(LEARNED[self.bed], seed)
+            if self.bed == "mini":
+                references = [Bed("mini/retrained", own).measured() for own in (seed + 1000, seed + 2000)]
+            else:
+                references = [recorded(self._beds[seed])]
+            self._references[seed] = references
         return self._beds[seed], self._references[seed]
 
 
-def best(tried: list[dict[str, Any]]) -> dict[str, Any] | None:
-    alive = [record for record in tried if record["figures"] is not None]
-    return min(alive, key=lambda record: record["figures"]["gap"])["setting"] if alive else None
+def recorded(bed: Bed) -> Groups:
+    """The figures of retrained models that the recipe names, means over their seeds; without rows."""
+    groups = json.loads(Path(bed.recipe.evaluation.reference).read_text("utf-8"))["groups"]
+    return {group: {name: value["mean"] for name, value in metrics.items()} for group, metrics in groups.items()}
 
 
-def table(records: Records, bed: str, seeds: list[int]) -> list[str]:
+def chosen(records: Records, bed: str, method: str, rule: str, budget: Budget) -> dict[str, Any] | None:
+    """The setting with the smallest mean gap over the tuning seeds, of those that collapsed on none; the only one if there was
+    no choice."""
+    settings = trials(rule, *budget)
+    if len(settings) == 1:
+        return settings[0]
+    gaps: list[tuple[float, dict[str, Any]]] = []
+    for setting in settings:
+        tried = [records.find(bed=bed, seed=seed, method=method, rule=rule, setting=setting) for seed in TUNING_SEEDS]
+        if all(record is not None and record["figures"] is not None for record in tried):
+            gaps.append((mean(record["figures"]["gap"] for record in tried), setting))
+    return min(gaps, key=lambda pair: pair[0])[1] if gaps else None
+
+
+def table(records: Records, bed: str, seeds: list[int], budget: Budget) -> list[str]:
     """Rows of markdown, the smallest gap first."""
     columns = ("gap", "forget_probability", "forget_rouge", "forget_truth_ratio", "forget_fluency", "retain_probability",
                "retain_rouge", "forget_quality")  # fmt: skip
-    chosen: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records.all:
-        if record["bed"] == bed and record["seed"] in seeds and record["figures"] is not None:
-            chosen.setdefault((record["method"], record["rule"]), []).append(record)
+        method, rule = record["method"], record["rule"]
+        if record["bed"] != bed or record["seed"] not in seeds or record["figures"] is None:
+            continue
+        if rule == "-" or record["setting"] == chosen(records, bed, method, rule, budget):
+            rows.setdefault((method, rule), []).append(record)
     lines = ["| method | rule | setting | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
-    for (method, rule), found in sorted(chosen.items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])):
+    for (method, rule), found in sorted(rows.items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])):
         cells = []
         for column in columns:
             values = [record["figures"][column] for record in found]
-            spread = stdev(values) if len(values) > 1 else 0.0
-            form = ".1e" if column == "forget_quality" else ".3f"
-            cells.append(f"{mean(values):{form}}" + ("" if column == "forget_quality" else f" ± {spread:.3f}"))
+            spread = stdev(values) if len(values) > 1 and None not in values else 0.0
+            if column != "forget_quality":
+                cells.append(f"{mean(values):.3f} ± {spread:.3f}")
+            else:
+                cells.append(", ".join("-" if value is None else f"{value:.0e}" for value in values))
         lines.append(f"| {method} | {rule} | {words(found[0]['setting'])} | " + " | ".join(cells) + " |")
     return lines
 
@@ -159,7 +180,7 @@ def words(setting: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bed", choices=RETRAINED, default="mini")
+    parser.add_argument("--bed", choices=LEARNED, default="mini")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
@@ -167,23 +188,27 @@ def main() -> None:
         "--budget", nargs="+", type=float, default=[5e-4, 1e-3, 2e-3, 4e-3], help="learning rates to try"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/bench_methods.jsonl"))
+    parser.add_argument("--alphas", nargs="+", type=float, default=[0.03, 0.3], help="inner steps that LUR may try")
     parser.add_argument("--report", action="store_true", help="only print the table of what is there")
     wanted = parser.parse_args()
     torch.set_num_threads(1)  # such small models are slower on two threads
     transformers.logging.set_verbosity_error()
     wanted.output.parent.mkdir(parents=True, exist_ok=True)
+    budget = (wanted.budget, wanted.alphas)
     comparison = Comparison(wanted.bed, Records(wanted.output))
     if not wanted.report:
         for seed in wanted.seeds:
             comparison.baseline(seed)
         for method in wanted.methods:
             for rule in wanted.rules:
-                settings = trials(rule, wanted.budget)
-                tried = [comparison.result(TUNING_SEED, method, rule, s) for s in settings] if len(settings) > 1 else []
-                setting = best(tried) if tried else settings[0]
+                settings = trials(rule, *budget)
+                for seed in TUNING_SEEDS if len(settings) > 1 else ():
+                    for setting in settings:
+                        comparison.result(seed, method, rule, setting)
+                setting = chosen(comparison.records, wanted.bed, method, rule, budget)
                 for seed in wanted.seeds if setting is not None else ():
                     comparison.result(seed, method, rule, setting)
-    print("\n".join(table(comparison.records, wanted.bed, wanted.seeds)))
+    print("\n".join(table(comparison.records, wanted.bed, wanted.seeds, budget)))
 
 
 if __name__ == "__main__":
