@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_clmul.data.sources import encode_dataset
+from hf_clmul.errors import RecipeError
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
+from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
 from hf_clmul.plan import Step, draws, optimizer_steps
@@ -53,13 +55,20 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
 
 def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    section = recipe.learning if step.kind == "learn" else recipe.unlearning
     trained = [p for p in model.parameters() if p.requires_grad]
+    if section.trainable is not None:
+        try:
+            trained = matching(model, section.trainable)
+        except ValueError as error:
+            raise RecipeError(f"request {step.name}: {error}") from error
     # For each trained weight: its gradient, two AdamW moments, a snapshot for each further role, the state of
-    # the conflict rule, and the teacher's copy.
+    # the conflict rule, what a look ahead puts back, and the teacher's copy.
     rule = CONFLICT_RULES[rule_name(recipe.unlearning.conflict)]
+    ahead = recipe.unlearning.lookahead is not None
     snapshots = 0
-    if rule.needs and len(step.roles) > 1:
-        snapshots = len(step.roles) - 1 + ("state" in rule.needs)
+    if len(step.roles) > 1 and (ahead or rule.needs & {"gram", "gradients"}):
+        snapshots = len(step.roles) - 1 + ("state" in rule.needs) + ahead
     reinforced = step.kind == "unlearn" and _reinforced(recipe.unlearning.forget) is not None
     copies = 3 + snapshots + _teacher_is_a_copy(recipe, step) + reinforced
     return {

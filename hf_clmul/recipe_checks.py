@@ -2,6 +2,7 @@
 odds. It works on the plain tree, so that these problems are found beside those of the schema, and opens no
 file."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,8 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     suites = tree.get("evaluation", "suites")
     for i in range(len(suites) if isinstance(suites, list) else 0):
         _check_name(tree, ("evaluation", "suites", i), SUITES, "suite", problems)
+    for section in ("learning", "unlearning"):
+        _check_pattern(tree, (section, "trainable"), problems)
     _check_model(tree, problems)
     for name in tree.section("data"):
         _check_data(tree, ("data", name), problems)
@@ -89,6 +92,14 @@ def _check_rule(tree: Tree, problems: Problems) -> None:
                 problems.at(tree, key, "unknown parameter", expected, f"'{parameter}'", hint)
             elif problem := parameter_problem(name, parameter, value):
                 problems.at(tree, key, **problem)
+
+
+def _check_pattern(tree: Tree, key: Key, problems: Problems) -> None:
+    pattern = tree.get(*key)
+    try:
+        re.compile(pattern if isinstance(pattern, str) else "")
+    except re.error as error:
+        problems.at(tree, key, f"{error}", "a regular expression", shown(pattern))
 
 
 def _check_model(tree: Tree, problems: Problems) -> None:

@@ -1,9 +1,11 @@
 """What the trainer cannot honour, refused before training with the reason and the remedy. It trains nothing."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from torch.distributed.fsdp import FSDPModule
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_clmul.gradients.active import ActiveRule
@@ -22,27 +24,31 @@ def refuse(
     peft_config: Any,
     rule: ActiveRule,
     lookahead: Lookahead | None,
+    roles: Sequence[str],
     given: dict[str, Any],
 ) -> None:
     """Raises ValueError, one line for each thing that cannot be honoured. `given` holds the arguments of
     `Trainer` that `ClmulTrainer` does not name."""
-    problems = [*_of_arguments(args, rule), *_of_trainer(given), *_of_model(model, peft_config)]
+    sharded = bool(args.fsdp) or any(isinstance(module, FSDPModule) for module in model.modules())
+    problems = [*_of_arguments(args, rule, sharded), *_of_trainer(given), *_of_model(model, peft_config)]
     if lookahead is not None:
-        problems += _of_lookahead(args, model, peft_config, lookahead)
+        problems += _of_lookahead(args, model, peft_config, lookahead, rule, roles)
     if problems:
         raise ValueError("ClmulTrainer cannot do what was asked:\n" + "\n".join(f"- {text}" for text in problems))
 
 
-def _of_arguments(args: "ClmulConfig", rule: ActiveRule) -> list[str]:
+def _of_arguments(args: "ClmulConfig", rule: ActiveRule, sharded: bool) -> list[str]:
     optimizer = OptimizerNames(args.optim)
     reentrant = (args.activation_checkpointing_kwargs or {}).get("use_reentrant", False)
     return [text for wrong, text in (
         (args.deepspeed is not None and rule.compares,
          "a conflict rule needs each role's gradient, which DeepSpeed does not hand out: use conflict='sum' or 'pdu', or FSDP2."),
-        (bool(args.fsdp) and "gradients" in rule.needs,
+        (args.deepspeed is not None and args.change_steps > 0,
+         "change_steps needs each role's gradient, which DeepSpeed does not hand out: leave it 0, or use FSDP2."),
+        (sharded and "gradients" in rule.needs,
          f"conflict={rule.name!r} works on whole gradients, and FSDP leaves each rank a part: use DDP, or a "
          "rule that needs inner products only, such as 'pcgrad_retain_first' or 'agem'."),
-        (bool(args.fsdp or args.deepspeed) and args.saliency is not None,
+        ((sharded or args.deepspeed is not None) and args.saliency is not None,
          "saliency looks at whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP."),
         (bool(args.fsdp or args.deepspeed) and args.trainable is not None,
          "trainable chooses parameters by the names of the whole model, which FSDP and DeepSpeed replace: use DDP, or an "
@@ -66,7 +72,9 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule) -> list[str]:
     ) if wrong]  # fmt: skip
 
 
-def _of_lookahead(args: "ClmulConfig", model: Any, peft_config: Any, lookahead: Lookahead) -> list[str]:
+def _of_lookahead(
+    args: "ClmulConfig", model: Any, peft_config: Any, lookahead: Lookahead, rule: ActiveRule, roles: Sequence[str]
+) -> list[str]:
     # A new adapter is made in float32.
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad} if peft_config is None else set()
     half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
@@ -74,6 +82,10 @@ def _of_lookahead(args: "ClmulConfig", model: Any, peft_config: Any, lookahead: 
     return [text for wrong, text in (
         (half, f"lookahead moves the weights a little and back, which {', '.join(half)} weights round away: load the model "
          "in float32 and set bf16=True (mixed precision), or train a LoRA adapter, whose weights are float32."),
+        (lookahead.inner not in roles, f"lookahead.inner is {lookahead.inner!r}, but the roles are {', '.join(roles)}: leave "
+         "lookahead out, or give data of that role."),
+        (rule.name == "alternate", "conflict='alternate' steps on one role at a time, so that there is no other to look ahead "
+         "to: use another rule, or leave lookahead out."),
         (args.deepspeed is not None, "lookahead needs each role's gradient, which DeepSpeed does not hand out: use FSDP2."),
         (exact and args.world_size > 1, "lookahead mode 'exact' takes a second derivative, which DDP and FSDP do not pass "
          "on between ranks: use mode='cross'."),

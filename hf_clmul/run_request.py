@@ -20,6 +20,7 @@ from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.export import TASK, load_state, save_state
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import Loaded, weights_sha256
+from hf_clmul.models.trainable import matching
 from hf_clmul.paths import explained_writes
 from hf_clmul.plan import Step
 from hf_clmul.recipe_schema import Learn, Recipe
@@ -69,6 +70,11 @@ def prepare(run: Run) -> None:
     """
     for step in run.steps:
         args = _arguments(run, step)
+        if args.trainable is not None and run.recipe.adapter is None:  # an adapter has names once it is there
+            try:
+                matching(run.model, args.trainable)
+            except ValueError as error:
+                raise RecipeError(f"request {step.name}: {error}") from error
         run.encoded[step.name] = {
             role: encode_dataset(rows, run.loaded.tokenizer, args.max_length, f"{step.name}, {role}")
             for role, rows in step.roles.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
@@ -41,13 +42,17 @@ Batch = dict[str, Any]
 
 
 class AfterStep(TrainerCallback):
-    """Tells the trainer that the optimizer has made its step, before anyone else sees the weights."""
+    """Tells the trainer that the optimizer has made its step, before anyone else sees the weights, and that the step is
+    counted."""
 
-    def __init__(self, done: Callable[[], None]) -> None:
-        self.done = done
+    def __init__(self, done: Callable[[], None], counted: Callable[[], None]) -> None:
+        self.done, self.counted = done, counted
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.done()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.counted()
 
 
 class ClmulTrainer(Trainer):
@@ -88,7 +93,8 @@ class ClmulTrainer(Trainer):
         self.rule = active_rule((conflict_rule or args.conflict) if len(self.terms) > 1 else "sum")
         several = len(self.terms) > 1
         self.lookahead = options(Lookahead, "lookahead", args.lookahead) if several else None
-        refuse(args, model, peft_config, self.rule, self.lookahead, {**kwargs, "data_collator": data_collator})
+        given = {**kwargs, "data_collator": data_collator}
+        refuse(args, model, peft_config, self.rule, self.lookahead, list(self.terms), given)
         if peft_config is not None:
             model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
         if args.activation_checkpointing and isinstance(model, PeftModel):
@@ -98,6 +104,7 @@ class ClmulTrainer(Trainer):
         self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
         self._change: Change | None = None
+        self._means: list[float] = []
         self._pending: list[Batch] = []
         self._sampler: EpochSampler | None = None
         self._accepted = causal_lm.accepted_inputs(model)
@@ -109,7 +116,7 @@ class ClmulTrainer(Trainer):
             model, args, RoleCollator(pad_token_id(processing_class)),
             encoded_roles(train_dataset, self.terms, args, processing_class),
             encoded(eval_dataset, processing_class, args.max_length), processing_class,
-            **{**kwargs, "callbacks": [AfterStep(self._after_step), *(kwargs.get("callbacks") or [])]},
+            **{**kwargs, "callbacks": [AfterStep(self._after_step, self._next_weights), *(kwargs.get("callbacks") or [])]},
         )  # fmt: skip
         self._log = WindowLog(self.accelerator)
 
@@ -191,6 +198,9 @@ class ClmulTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         weights = dict(zip(self.terms, self.rule.weights([[]] * len(self.terms)), strict=True))
         active = [role for role, weight in weights.items() if weight]
+        for role in weights.keys() - active if "losses" in self.rule.needs else ():
+            with torch.no_grad():  # a weight of zero has to find its way back
+                total += self.role_loss(model, role, batch[role], counts[role])
         for i, role in enumerate(active):
             with nullcontext() if i == len(active) - 1 else self.deferred(model):
                 loss = self.role_loss(model, role, batch[role], counts[role])
@@ -214,7 +224,7 @@ class ClmulTrainer(Trainer):
     def _after_step(self) -> None:
         self.salient.restore()
         if self._change is not None:
-            self._log.add_statistics(self._change.measured(self._loss_scale()))
+            self._log.add_statistics(self._change.measured())
             self._change = None
 
     def role_loss(
@@ -306,10 +316,11 @@ class ClmulTrainer(Trainer):
                     teacher.release()
 
     def _forget_gradient(self, model: nn.Module) -> dict[str, Tensor]:
-        """Gradient {parameter: tensor} of the forget answers' mean log-probability, at the model as it is. Every rank works out
-        the same, over all examples."""
+        """Gradient {parameter: tensor} of the forget answers' mean log-probability, at the model as it is, over all
+        examples. Every rank works it out; rank 0's counts."""
         rows, size = self.train_dataset.roles[FORGET], self.args.per_device_train_batch_size
         batches = [self.data_collator.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        model.zero_grad()
         tokens = sum(sum(batch["lengths"]) for batch in batches)
         with adapters.untouched(model):
             model.eval()
@@ -321,7 +332,7 @@ class ClmulTrainer(Trainer):
                 (prediction.logps.sum() / tokens).backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
         model.zero_grad()
-        return found
+        return broadcast(found)  # rounding must not give ranks other masks
 
     def _tell_repeats(self) -> None:
         ranks, size = self.accelerator.num_processes, len(self.train_dataset)
@@ -338,13 +349,15 @@ class ClmulTrainer(Trainer):
             self.state.global_step + 1, losses, norm if self.accelerator.scaler is None else None
         )
         self._log.end_window()
-        if self.rule.scheduled is not None:
-            means = [
-                sum(active.weight * losses.get(f"loss/{role}/{active.name}", 0.0) for active in terms)
-                for role, terms in self.terms.items()
-            ]
-            self.rule.advance(means, self.state.epoch or 0.0)
+        self._means = [
+            sum(active.weight * losses.get(f"loss/{role}/{active.name}", 0.0) for active in terms)
+            for role, terms in self.terms.items()
+        ]
         return norm
+
+    def _next_weights(self) -> None:
+        """Of a scheduled rule, once the window that is over counts in the epoch."""
+        self.rule.advance(self._means, self.state.epoch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a line about training steps, not of an evaluation or the closing summary

@@ -19,7 +19,7 @@ class WindowLog:
         self._window: dict[str, torch.Tensor] = {}
         self._losses: dict[str, torch.Tensor] = {}
         self._statistics: dict[str, list[float]] = {}
-        self._windows = 0
+        self._counts: dict[str, int] = {}
 
     def add_loss(self, name: str, loss: torch.Tensor) -> None:
         """A micro-batch's share of a term's mean over the window (its shares add up to that mean)."""
@@ -36,10 +36,10 @@ class WindowLog:
         return dict(zip(self._window, self._over_ranks(self._window), strict=True))
 
     def end_window(self) -> None:
-        """The window is whole; its losses count."""
+        """The window is whole; its losses count. A role may sit out a window."""
         for name, value in self._window.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
             self._losses[name] = self._losses[name] + value if name in self._losses else value
-        self._windows += 1
         self._window = {}
 
     def drop_window(self) -> None:
@@ -59,11 +59,11 @@ class WindowLog:
             )
 
     def drain(self) -> dict[str, float]:
-        """Means since the last call; a loss is averaged over windows and ranks, a statistic over windows that have it."""
+        """Means since the last call; averaged over the windows that have them, a loss also over ranks."""
         losses = zip(self._losses, self._over_ranks(self._losses), strict=True)
-        means = {name: value / self._windows for name, value in losses}
+        means = {name: value / self._counts[name] for name, value in losses}
         means |= {name: sum(values) / len(values) for name, values in self._statistics.items()}
-        self._losses, self._statistics, self._windows = {}, {}, 0
+        self._losses, self._statistics, self._counts = {}, {}, {}
         return means
 
     def _over_ranks(self, losses: dict[str, torch.Tensor]) -> list[float]:

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from trainer_bed import (
     LORA,
     Gradients,
@@ -33,6 +34,7 @@ from trainer_bed import (
     weights,
 )
 from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_clmul.errors import RunError
 from hf_clmul.models import adapters
@@ -115,6 +117,20 @@ def frozen_a() -> nn.Module:
     return model
 
 
+def sharded(folder: Path) -> LlamaForCausalLM:
+    """On several ranks each holds a part of every parameter (FSDP2)."""
+    if not torch.distributed.is_initialized():
+        return llama()
+    if torch.distributed.get_rank() == 0:
+        llama().save_pretrained(folder)
+    torch.distributed.barrier()
+    return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+
+
 def of_this_rank(gram: list[list[float]]) -> list[float]:
     """A rule whose result differs between ranks, as rounding might make it."""
     return [1.0, 1.0 + int(os.environ.get("RANK", "0"))]
@@ -122,6 +138,8 @@ def of_this_rank(gram: list[list[float]]) -> list[float]:
 
 BOTH = {"forget": {"npo": {"beta": 0.2}}, "retain": {"kl": {}, "nll": {"weight": 0.5}}}
 REINFORCED = {"epochs": 2, "learning_rate": 0.01}
+DECAY = {"weight_decay": 0.5}
+HIDDEN = {"forget": {"rmu": {"layer": 0}}, "retain": {"hidden_mse": {"layer": 0}}}
 BRANCHED = {"build": branched, "retain": "nll"}
 CASES: dict[str, dict[str, Any]] = {
     **{f"{rule}, views {'on' if views else 'off'}": {"build": llama, **BOTH, "conflict": rule, "views": views}
@@ -144,6 +162,19 @@ CASES: dict[str, dict[str, Any]] = {
     # Were the frozen A matrices let go, their rank-local gradients would enter the norm that clips.
     "adapter copy, A frozen": {"build": frozen_a, **BOTH, "max_grad_norm": 0.1},
     "learn": {"build": llama, "role": "learn", "max_grad_norm": 1.0},
+    "look ahead": {"build": llama, **BOTH, "lookahead": {"alpha": 0.05}, "views": True},
+    "look ahead, first order": {"build": adapted, **BOTH, "lookahead": {"alpha": 0.05, "mode": "first_order", "inner": "forget"}},
+    "pdu": {"build": llama, **BOTH, "conflict": {"pdu": {"start": 1.0, "warmup": 0.5}}},
+    "pdu from zero": {"build": llama, **BOTH, "conflict": {"pdu": {"start": 0.0, "warmup": 0.0}}, "views": True},
+    "alternate": {"build": llama, **BOTH, "conflict": "alternate"},
+    "saliency": {"build": llama, **BOTH, "saliency": {"train": 0.5, "trim": 0.05}, **DECAY},
+    "trainable": {"build": llama, **BOTH, "trainable": ".*down_proj.*", "change_steps": 1},
+    "refusals": {"build": llama, "forget": "ce_u", "retain": {"answer_preservation": {}, "nll": {}}},
+    "hidden": {"build": llama, **HIDDEN, **DECAY},
+    "hidden, sum, views on": {"build": llama, **HIDDEN, **DECAY, "conflict": "sum", "views": True},
+    "hidden, checkpointing": {"build": llama, **HIDDEN, "activation_checkpointing": True},
+    "sharded": {"build": sharded, **BOTH, "change_steps": 2},
+    "sharded, look ahead": {"build": sharded, **BOTH, "lookahead": {"alpha": 0.05}},
 }  # fmt: skip
 
 
@@ -155,8 +186,9 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     for row in data.get("forget", [])[: marked or 0]:
         row["input_ids"], row["labels"] = [MARK, *row["input_ids"]], [-100, *row["labels"]]
     saw, counts = Gradients(), []
+    model = build(folder / "model") if build is sharded else build()
     trainer = make(
-        build(), data, folder / name.replace(" ", "_"), [Nudge(), saw], eval_dataset=examples(4, 4), max_steps=4, logging_steps=2,
+        model, data, folder / name.replace(" ", "_"), [Nudge(), saw], eval_dataset=examples(4, 4), max_steps=4, logging_steps=2,
         learning_rate=0.02, per_device_train_batch_size=MICRO_BATCH, per_device_eval_batch_size=4 // ranks,
         gradient_accumulation_steps=WINDOW // MICRO_BATCH // ranks, **options,
     )  # fmt: skip
@@ -166,8 +198,8 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     with patch.dict(os.environ, HF_CLMUL_CACHE=str(folder / "cache")):
         trainer.train()
     found = {
-        "weights": weights(trainer.model),
-        "steps": saw.steps,
+        "weights": whole(weights(trainer.model)),
+        "steps": [whole(step) for step in saw.steps],
         "lines": lines(trainer),
         "counts": list(counts),
         "alternatives": trainer.train_dataset.own_alternatives,

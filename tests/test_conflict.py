@@ -233,6 +233,16 @@ def test_every_rule_has_its_theory():
     assert elementwise == {"pcgrad_per_layer", "gru", "sago"}  # in test_conflict_elementwise.py
 
 
+@pytest.mark.parametrize("name", CONFLICT_RULES)
+def test_row_in_the_page_of_methods(name, repo):
+    page = (repo / "docs/methods.md").read_text().splitlines()
+    (row,) = (line for line in page if line.startswith(f"| `{name}`"))
+    assert CONFLICT_RULES[name].paper.removeprefix("arXiv ") in row
+    for parameter, (_, default) in rule_parameters(name).items():
+        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+        assert f"`{parameter}` {shown}" in row
+
+
 @pytest.mark.parametrize(("name", "promise"), [(name, p) for name, theory in THEORY.items() for p in theory])
 def test_theory(name, promise):
     promise(VARIANTS[name])

@@ -296,3 +296,26 @@ def test_the_plan_names_the_example_that_cannot_be_used(tmp_path):
         RecipeError, match=r"00-learn-all, learn, example people-12: an example has nothing to supervise"
     ):
         plan_recipe(recipe(LEARN))
+
+
+def test_the_plan_of_a_part(tmp_path):
+    """Gradient, two moments, a snapshot and the teacher's copy of what matches, and of nothing else."""
+    file = write_recipe(tmp_path, "full")
+    pattern = ["learning.trainable='.*q_proj.*'", "unlearning.trainable='.*(up|down)_proj.*'"]
+    learn, forget = plan_recipe(load_recipe(file, pattern))
+    whole = 300 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32
+    assert (learn["trainable_parameters"], forget["trainable_parameters"]) == (32 * 32, 2 * 32 * 128)
+    assert learn["memory_bytes"] == 4 * (whole + 3 * 32 * 32)
+    assert forget["memory_bytes"] == 4 * (whole + 5 * 2 * 32 * 128)
+    with pytest.raises(
+        RecipeError, match="request 01-unlearn-one: trainable='q_proj' matches the whole name of none of the 11"
+    ):
+        plan_recipe(load_recipe(file, ["unlearning.trainable=q_proj"]))
+
+
+def test_the_plan_of_a_look_ahead_and_of_a_schedule(tmp_path):
+    """The first keeps one gradient and the weights to put back; the second adds losses up."""
+    file = write_recipe(tmp_path, "full")
+    for change, copies in (("lookahead={}", 4 + 1 + 1 + 1), ("conflict=pdu", 4 + 1), ("conflict=gru", 4 + 1 + 1 + 1)):
+        _, forget = plan_recipe(load_recipe(file, [f"unlearning.{change}"]))
+        assert forget["memory_bytes"] == 4 * copies * forget["trainable_parameters"], change

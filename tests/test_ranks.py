@@ -17,7 +17,7 @@ from accelerate.data_loader import BatchSamplerShard
 from filelock import FileLock
 from ranks_worker import CASES, MICRO_BATCH, SIZE, run
 from torch.utils.data import BatchSampler
-from trainer_bed import distance, llama, make, same, two_roles, windows
+from trainer_bed import distance, llama, make, nudged, same, two_roles, windows
 
 from hf_clmul.data.roles import EpochSampler
 
@@ -39,9 +39,13 @@ def ranks(tmp_path_factory):
 def test_two_ranks_are_one_process(ranks, tmp_path, name):
     one = run(name, tmp_path, ranks=1)
     for two in (found[name] for found in ranks):
-        off = [distance(a, b) for a, b in zip(two["steps"], one["steps"], strict=True)]
+        steps = zip(two["steps"], one["steps"], strict=True)
+        if "checkpointing" in name:  # several ranks then wait for all gradients, be they zero
+            steps = [({n: g for n, g in a.items() if n in b or g.any()}, b) for a, b in steps]
+        off = [distance(a, b) for a, b in steps]
         assert len(off) == 4
-        assert off[0] < 3e-7 and max(off) < 3e-6  # later steps start from weights that differ in the last digit
+        # Later steps start from weights that differ in the last digit, and so does a pass at displaced weights.
+        assert off[0] < (1e-6 if "look ahead" in name else 3e-7) and max(off) < 3e-6
         assert distance(two["weights"], one["weights"]) < 1e-7
         assert two["trainable"] == one["trainable"]
         assert two["counts"] == one["counts"]
@@ -74,6 +78,27 @@ def test_gradients_conflict(ranks):
     for rule in ("pcgrad", "pcgrad_retain_first"):
         assert ranks[0][f"{rule}, views off"]["lines"][0]["conflict_rate"] == 1.0
         assert distance(ranks[0][f"{rule}, views off"]["steps"][0], ranks[0]["sum, views off"]["steps"][0]) > 0.01
+
+
+def test_what_is_above_a_hidden_layer_does_not_decay(ranks):
+    """On one process no gradient reaches it, and weight decay passes it over; so it must be on several."""
+    before = {**llama().state_dict()}
+    for name in ("hidden", "hidden, sum, views on"):
+        after = ranks[0][name]["weights"]
+        assert torch.equal(
+            after["model.layers.1.mlp.down_proj.weight"], nudged(llama()).model.layers[1].mlp.down_proj.weight
+        )
+        assert not torch.equal(
+            after["model.layers.0.mlp.down_proj.weight"], before["model.layers.0.mlp.down_proj.weight"]
+        )
+        assert not any("layers.1" in key for step in ranks[0][name]["steps"] for key in step)
+
+
+def test_lambda_follows_the_loss_over_all_ranks(ranks):
+    for name, first in (("pdu", 1.0), ("pdu from zero", 0.0)):
+        logged = [line["weight/retain"] for line in ranks[0][name]["lines"]]
+        assert logged == [line["weight/retain"] for line in ranks[1][name]["lines"]]
+        assert logged[0] != first or logged[1] != first  # means over two windows each
 
 
 def test_resume_on_two_ranks_is_exact_and_rank_0_alone_writes(ranks):

@@ -64,8 +64,8 @@ MISTAKES = {
         "learning, unlearning, teacher, training, evaluation, export; found 'reqests'; did you mean "
         "'requests'?"),
     "training field in the wrong section": ("{npo: {beta: 0.2}}\n", "{npo: {beta: 0.2}}\n  bf16: true\n",
-        "r.yaml:15: unlearning.bf16: unknown key; expected one of forget, retain, conflict, training; "
-        "found 'bf16'; it belongs under `unlearning.training`"),
+        "r.yaml:15: unlearning.bf16: unknown key; expected one of forget, retain, conflict, lookahead, "
+        "saliency, trainable, training; found 'bf16'; it belongs under `unlearning.training`"),
     "key of another section": ("name: small\n", "name: small\nconflict: sum\n",
         "r.yaml:3: conflict: unknown key; expected one of recipe_version, name, seed, family, model, "
         "adapter, data, requests, "

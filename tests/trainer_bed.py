@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -181,7 +182,9 @@ def nudge(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+                step = 0.05 * torch.randn(p.shape, generator=generator)
+                split = isinstance(p, DTensor)  # the same on every rank, of which each keeps its part
+                p.add_(distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None) if split else step)
 
 
 def nudged(model: nn.Module) -> nn.Module:

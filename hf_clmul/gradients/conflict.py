@@ -23,7 +23,8 @@ class ConflictRule:
 
     `needs` names what its function takes: nothing (gradients are simply added up, there is no function),
     "gram" (a Gram matrix [m, m] -> weights [m]), "gradients" (see `elementwise.py`), "state" (a gradient
-    kept from window to window), "schedule" (weights known beforehand, see `schedule.py`).
+    kept from window to window), "schedule" (weights known beforehand, see `schedule.py`), "losses" (of a
+    schedule: also those of roles that it gives no weight).
     """
 
     function: Callable[..., Any] | None
@@ -62,7 +63,7 @@ CONFLICT_RULES: dict[str, ConflictRule] = {
     "aligned_mtl": _rule(
         aligned_mtl, "gram", "arXiv 2305.19000", "gives the gradients' principal directions one strength"),
     "pdu": _rule(
-        pdu, "schedule", "arXiv 2506.05314", "weighs the retain loss so that it stays below a bound (primal-dual)"),
+        pdu, "schedule losses", "arXiv 2506.05314", "weighs the retain loss so that it stays below a bound (primal-dual)"),
     "alternate": _rule(
         alternate, "schedule", "arXiv 2302.09880", "forgets and retains in turn, then only retains (SCRUB's turns)"),
 }

@@ -28,21 +28,23 @@ class Change:
     coordinate by coordinate, so that a projected gradient may still raise the loss it was projected for.
     """
 
-    def __init__(self, roles: Sequence[str], gradients: Sequence[Gradient], window: GradientWindow) -> None:
-        self.roles = roles
+    def __init__(
+        self, roles: Sequence[str], gradients: Sequence[Gradient], window: GradientWindow, loss_scale: float
+    ) -> None:
+        self.roles, self.loss_scale = roles, loss_scale  # the scaler may change its scale with the step
         self.gradients = [[None if t is None else t.clone() for t in gradient] for gradient in gradients]
         self.parameters = window.parameters
         self.before = [p.detach().clone() for p in window.parameters]
 
     @torch.no_grad()
-    def measured(self, loss_scale: float) -> dict[str, float]:
+    def measured(self) -> dict[str, float]:
         """{"change/ROLE": first-order change of its loss, "plain_cosine/ROLE/OTHER": of the roles' own gradients}."""
         moved: Gradient = [p.detach() - b for p, b in zip(self.parameters, self.before, strict=True)]
         found = {
-            f"change/{role}": inner_product(gradient, moved) / loss_scale
+            f"change/{role}": inner_product(gradient, moved) / self.loss_scale
             for role, gradient in zip(self.roles, self.gradients, strict=True)
         }
-        of_roles = statistics(gram_matrix(self.gradients, loss_scale), self.roles)
+        of_roles = statistics(gram_matrix(self.gradients, self.loss_scale), self.roles)
         return found | {f"plain_{name}": value for name, value in of_roles.items() if name.startswith("cosine")}
 
 
@@ -62,12 +64,13 @@ def resolve(
     scaler sees the overflow and skips the step; nothing is logged of them then.
     """
     change = None
-    if lookahead is None or lookahead.inner not in roles:
+    if lookahead is None:
         gradients = [passes.gradient(role) for role in roles]
-        change = Change(roles, gradients, window) if measure else None
+        change = Change(roles, gradients, window, loss_scale) if measure else None
     else:
         if measure:  # the gradients to come are those of other weights
-            change = Change(roles, [passes.gradient(role, again=True) for role in roles], window)
+            plain = [passes.gradient(role, again=True) for role in roles]
+            change = Change(roles, plain, window, loss_scale)
         step = lookahead.alpha / loss_scale
         gradients = looked_ahead(roles, lookahead.inner, lookahead.mode, step, passes, total)
     gram = gram_matrix(gradients, loss_scale)

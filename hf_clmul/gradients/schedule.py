@@ -2,7 +2,7 @@
 the roles' losses are simply added up, weighted. Pure functions; no torch, no model.
 
 Each maps (weights of the last window [m], its mean losses [m], progress) to the next window's weights [m]; before the first
-window both are None. Role 0 is the one that the request is about. A role of weight 0 is left out of its window.
+window both are None. Role 0 is the one that the request is about. A role of weight 0 has no gradient in its window.
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hf_clmul.errors import RunError
 
@@ -61,14 +62,15 @@ class GradientWindow:
         In place, on this rank's shard: FSDP ignores replaced storage and keeps stale weights unsharded, hence `reshard`.
         """
         moved = [(p, g) for p, g in zip(self.parameters, gradient, strict=True) if g is not None]
-        if not all(bool(torch.isfinite(g).all()) for _, g in moved):
+        if not math.isfinite(inner_product(gradient, gradient)):  # the same on all ranks, whatever their shards hold
             moved = []
         with torch.no_grad():
             before = [p.detach().clone() for p, _ in moved]
-            self._reshard()
-            for p, g in moved:
-                p.add_(g.to(p.dtype), alpha=step)
         try:
+            with torch.no_grad():
+                self._reshard()
+                for p, g in moved:
+                    p.add_(g.to(p.dtype), alpha=step)
             yield
         finally:
             with torch.no_grad():
@@ -116,8 +118,15 @@ def total(gradients: Sequence[Gradient]) -> Gradient:
 def inner_product(one: Gradient, other: Gradient) -> float:
     """Summed in float64 over tensors."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
-    parts = [torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in pairs]
-    return float(torch.stack(parts).double().sum()) if parts else 0.0
+    return _whole_sum([torch.dot(a.reshape(-1).float(), b.reshape(-1).float()) for a, b in pairs])
+
+
+def _whole_sum(parts: Sequence[Tensor]) -> float:
+    """Of scalars, in float64. A sharded one is a rank's part of a sum: taken for the whole, ranks would see other angles."""
+    sharded = [part for part in parts if isinstance(part, DTensor)]
+    plain = [part for part in parts if not isinstance(part, DTensor)]
+    found = float(torch.stack(plain).double().sum()) if plain else 0.0
+    return found + float(torch.stack(sharded).double().sum().full_tensor()) if sharded else found
 
 
 def scale(gradients: Sequence[Gradient], factor: float) -> None:
@@ -142,7 +151,7 @@ def gram_matrix(gradients: Sequence[Gradient], loss_scale: float = 1.0) -> list[
                 sums[i, j].append(torch.dot(flat[i], flat[j]))
     gram = [[0.0] * m for _ in range(m)]
     for (i, j), parts in sums.items():
-        value = float(torch.stack(parts).double().sum()) / loss_scale**2 if parts else 0.0
+        value = _whole_sum(parts) / loss_scale**2
         gram[i][j] = gram[j][i] = value
     return gram
 

@@ -67,12 +67,13 @@ def predict(
         logits = _supervised(forward().logits, batch)
     else:
         read = bool(needs & {"logps", "logits"})
-        output, found = hidden.recorded(model, layers, forward, stop=not read and hidden.can_stop(model))
+        stop, instead = (not read and question(model) for question in (hidden.can_stop, hidden.finds_unused))
+        output, found = hidden.recorded(model, layers, forward, stop, instead)
         states = {layer: _supervised(state, batch) for layer, state in found.items()}
         if output is not None:
             logits = _supervised(output.logits, batch)
             if not read and hidden.several_ranks():
-                # DDP waits for a gradient, be it zero, of all that the output depends on.
+                # Ranks wait for a gradient, be it zero, of all that the output depends on; weight decay takes it for one.
                 states = {layer: state + 0.0 * logits.sum() for layer, state in states.items()}
     rows, targets, pairs = batch["rows"], batch["targets"], batch["alternatives"]
     if not pairs:

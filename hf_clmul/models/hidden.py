@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 
@@ -36,12 +37,13 @@ def index(layer: float, depth: int) -> int:
 
 
 def recorded(
-    model: nn.Module, layers: Collection[float], forward: Callable[[], Any], stop: bool
+    model: nn.Module, layers: Collection[float], forward: Callable[[], Any], stop: bool, instead: bool = False
 ) -> tuple[Any, dict[float, Tensor]]:
     """(what `forward()` returns, {layer: its output [B, T, H], before any final norm}).
 
     With `stop` the pass ends behind the last of the layers, so that nothing above it is computed, and returns
-    None.
+    None. With `instead` the outputs of the layers are the model's own output in the eyes of DDP, which then sees that no
+    gradient will come for what is above them; None is returned likewise.
     """
     found: dict[int, Tensor] = {}
     modules = blocks(model)
@@ -56,8 +58,12 @@ def recorded(
         return hook
 
     handles = [modules[number].register_forward_hook(keep(number)) for number in set(numbers.values())]
+    if instead:
+        handles.append(model.module.register_forward_hook(lambda module, inputs, output: dict(found)))
     try:
         returned = forward()
+        if instead:
+            found, returned = returned, None
     except _Reached:
         returned = None
     finally:
@@ -73,6 +79,11 @@ def several_ranks() -> bool:
 def can_stop(model: nn.Module) -> bool:
     """Whether a pass may end early: wrappers for several ranks, and checkpointing, have to see its end."""
     return not several_ranks() and not _inner(model).is_activation_checkpointing
+
+
+def finds_unused(model: nn.Module) -> bool:
+    """Whether a DDP model looks for parameters that an output does not depend on."""
+    return isinstance(model, DistributedDataParallel) and model.find_unused_parameters
 
 
 def _inner(model: nn.Module) -> PreTrainedModel:

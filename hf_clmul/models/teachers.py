@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_clmul.models import adapters
 from hf_clmul.objectives.prediction import Prediction
@@ -26,8 +27,9 @@ class BeforeRequest:
 
     A new adapter is simply switched off (no bytes); an adapter trained further in place is copied as a frozen adapter (a
     few MB); of a model that is trained in part, those parameters are kept and change places with the live ones while the
-    teacher answers; a fully trained model is copied whole. Make it from the unwrapped model before training starts, with
-    its `requires_grad` flags set; `release` takes the copy out again.
+    teacher answers; a fully trained model is copied whole, or, where ranks hold parts of it (FSDP2), kept in the same way.
+    Make it from the unwrapped model before training starts, with its `requires_grad` flags set; `release` takes the copy
+    out again.
     """
 
     name = COPY  # of the frozen adapter
@@ -37,8 +39,9 @@ class BeforeRequest:
         self.copy: nn.Module | None = None
         self.is_adapter_copy = False
         self.kept: list[tuple[nn.Parameter, Tensor]] = []
+        self._sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
         if not isinstance(model, PeftModel) or not adapters.trains_alone(model, model.active_adapter):
-            if all(p.requires_grad for p in model.parameters()):
+            if all(p.requires_grad for p in model.parameters()) and not self._sharded:
                 self.copy = deepcopy(model).eval().requires_grad_(False)
             else:
                 self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
@@ -67,13 +70,20 @@ class BeforeRequest:
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        live = [p.data for p, _ in self.kept]  # storages change hands, no value is copied
+        live = [p.detach().clone() if self._sharded else p.data for p, _ in self.kept]
         try:
-            for p, value in self.kept:
-                p.data = value
+            self._put([value for _, value in self.kept])
             yield
         finally:
-            for (p, _), value in zip(self.kept, live, strict=True):
+            self._put(live)
+
+    def _put(self, values: list[Tensor]) -> None:
+        for module in self._sharded:
+            module.reshard()
+        for (p, _), value in zip(self.kept, values, strict=True):
+            if self._sharded:  # FSDP does not see that a storage was replaced
+                p.copy_(value)
+            else:  # storages change hands, no value is copied
                 p.data = value
 
     def release(self) -> None:

@@ -43,6 +43,6 @@ def matching(model: nn.Module, pattern: str) -> list[nn.Parameter]:
         example = nearest(pattern, named) or list(named)[len(named) // 2]
         raise ValueError(
             f"trainable={pattern!r} matches the whole name of none of the {len(named)} trainable parameters, such as "
-            f"{example!r}. Write `.*` where anything may stand, as in '.*layers\\\\.(5|6|7)\\\\.mlp\\\\.down_proj\\\\.weight'."
+            f"{example!r}. Write `.*` where anything may stand, as in '.*layers\\.[5-7]\\.mlp\\.down_proj\\.weight'."
         )
     return found

@@ -104,8 +104,7 @@ def scrub(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
     """Minus KL(teacher || student), summed over the N supervised tokens, in nats; count N. Unbounded below.
 
     Kurmanji et al. (arXiv 2302.09880), the part on forget data; logits [N, V]. Only the loss: the authors
-    also take their steps on forget and retain data in turn, the former in the first epochs only, which is a
-    schedule.
+    take their steps on forget and retain data in turn, which is the conflict rule `alternate`.
     """
     value, count = kl(student, teacher)
     return -value, count
