@@ -13,7 +13,6 @@ from accelerate.utils import broadcast
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
@@ -23,7 +22,7 @@ from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.options import Lookahead, Saliency, options
 from hf_clmul.gradients.resolve import Change, resolve
-from hf_clmul.gradients.window import Gradient, GradientWindow
+from hf_clmul.gradients.window import GradientWindow
 from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
 from hf_clmul.models.trainable import matching, only_trainable
@@ -36,6 +35,7 @@ from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_i
 from hf_clmul.salient import SalientPart
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
+from hf_clmul.window_passes import WindowPasses
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Any]
@@ -428,33 +428,3 @@ class ClmulTrainer(Trainer):
 
 def _count(active: ActiveTerm, batch: Batch) -> int:
     return active.count(batch["lengths"], batch["alternatives"])
-
-
-class WindowPasses:
-    """The passes over one window (`gradients.lookahead.Passes`): forward and backward of a role over all its micro-batches."""
-
-    def __init__(self, trainer: ClmulTrainer, model: nn.Module, batches: list[Batch], counts: dict) -> None:
-        self.trainer, self.model, self.batches, self.counts = trainer, model, batches, counts
-        self.loss = torch.zeros((), device=trainer.args.device)
-        self.displaced = trainer._window.displaced
-
-    def gradient(self, role: str, again: bool = False) -> Gradient:
-        for i, batch in enumerate(self.batches):
-            last = i == len(self.batches) - 1  # gradients travel between ranks once
-            with nullcontext() if last else self.trainer.deferred(self.model):
-                loss = self.trainer.role_loss(self.model, role, batch[role], self.counts[role], again)
-                self.trainer.accelerator.backward(loss)
-            if not again:
-                self.loss += loss.detach()
-        return self.trainer._window.take()
-
-    def curvature(self, role: str, direction: Gradient) -> Gradient:
-        parameters = self.trainer._window.parameters
-        for batch in self.batches:
-            with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-                loss = self.trainer.role_loss(self.model, role, batch[role], self.counts[role], again=True)
-                found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-                pairs = zip(found, direction, strict=True)
-                slope = sum((g * d).sum() for g, d in pairs if g is not None and d is not None)
-                slope.backward()
-        return self.trainer._window.take()
