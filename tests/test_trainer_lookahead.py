@@ -28,7 +28,7 @@ from trainer_bed import (
     windows,
 )
 
-from hf_clmul import trainer as module
+from hf_clmul import window_passes as module
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.models import causal_lm
 from hf_clmul.models.trainable import only_trainable
