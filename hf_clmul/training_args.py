@@ -36,7 +36,7 @@ class ClmulConfig(TrainingArguments):
     conflict: dict[str, Any] | str | None = field(default=DEFAULT_RULE, metadata={
         "help": "How the roles' gradients become one update: a rule, or {rule: {parameter: value}}."})  # fmt: skip
     lookahead: dict[str, Any] | str | None = field(default=None, metadata={
-        "help": "LUR: {inner: retain, mode: cross, alpha: 0.01}, any of them; null: no look ahead."})  # fmt: skip
+        "help": "LUR: {inner: retain, mode: cross, alpha: 0.1}, any of them; null: no look ahead."})  # fmt: skip
     saliency: dict[str, Any] | str | None = field(default=None, metadata={
         "help": "{train: 0.5} trains the most salient part only; {trim: 0.03} draws it anew first."})  # fmt: skip
     trainable: str | None = field(default=None, metadata={

@@ -42,7 +42,7 @@ def test_what_they_become():
     plain = load_recipe(write(RECIPE)).unlearning
     assert (plain.lookahead, plain.saliency, plain.trainable) == (None, None, None)
     defaults = load_recipe(write(RECIPE), ["unlearning.lookahead={}"]).unlearning.lookahead
-    assert (defaults.alpha, defaults.inner, defaults.mode) == (0.01, "retain", "cross")
+    assert (defaults.alpha, defaults.inner, defaults.mode) == (0.1, "retain", "cross")
 
 
 def test_the_resolved_recipe_says_the_same():
@@ -71,6 +71,7 @@ MISTAKES = {
     "cross": "lookahead: expected a section (key: value); found the text 'cross'",
 }
 OF_SALIENCY = {
+    "{}": "saliency: expected `train`, `trim` or both; found an empty section",
     "{trian: 0.5}": "saliency.trian: unknown key; expected one of train, trim; found 'trian'; did you mean 'train'?",
     "{train: 1}": "saliency.train: expected a number below 1; found 1",
     "{trim: 0}": "saliency.trim: expected a number above 0; found 0",

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from hf_clmul.recipe_problems import explained, suggestion
 
@@ -17,7 +18,7 @@ class Section(BaseModel):
 class Lookahead(Section):
     """LUR (arXiv 2503.06339): one role's gradient is taken where a step on another leads, see `lookahead.py`."""
 
-    alpha: float = Field(0.01, gt=0, description="length of the inner step, in units of the weights per gradient")
+    alpha: float = Field(0.1, gt=0, description="length of the inner step, in units of the weights per gradient")
     inner: Literal["retain", "forget"] = Field("retain", description="the role whose step is tried first")
     mode: Literal["first_order", "cross", "exact"] = Field(
         "cross",
