@@ -115,7 +115,7 @@ def test_the_json_schema_knows_them():
 
 def test_python_users_read_the_same_words(tmp_path):
     for name, kind, given, message in (
-        ("lookahead", Lookahead, {"alfa": 1.0}, "lookahead.alfa: unknown key, there are alpha, inner, mode; did you mean 'alpha'?."),
+        ("lookahead", Lookahead, {"alfa": 1.0}, "lookahead.alfa: unknown key, there are alpha, inner, mode (did you mean 'alpha'?)."),
         ("lookahead", Lookahead, {"alpha": -1.0, "mode": "x"}, "lookahead.alpha: expected a number above 0, found -1.0; "
          "lookahead.mode: expected one of first_order, cross, exact, found the text 'x'."),
         ("saliency", Saliency, {"train": 1.5}, "saliency.train: expected a number below 1, found 1.5."),

@@ -32,6 +32,8 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class Saliency(Section):
     """Which weights matter for the forget data, by the gradient of its likelihood before the request, see `saliency.py`."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
     train: Fraction | None = Field(
         None, description="train only this part of the weights, those with the largest gradient (SalUn: 0.5)"
     )
@@ -39,6 +41,12 @@ class Saliency(Section):
         None,
         description="draw this part anew before training, that with the largest gradient times weight (Scissorhands)",
     )
+
+    @model_validator(mode="after")
+    def _names_one(self) -> "Saliency":
+        if self.train is None and self.trim is None:
+            raise PydanticCustomError("empty", "`train`, `trim` or both")
+        return self
 
 
 T = TypeVar("T", bound=Section)
@@ -60,6 +68,6 @@ def _problem(kind: type[Section], name: str, entry: Mapping[str, Any]) -> str:
     if entry["type"] == "extra_forbidden":
         known = list(kind.model_fields)
         hint = suggestion(entry["loc"][-1], known)
-        return f"{key}: unknown key, there are {', '.join(known)}" + (f"; {hint}" if hint else "")
+        return f"{key}: unknown key, there are {', '.join(known)}" + (f" ({hint})" if hint else "")
     why = explained(entry)
     return f"{key}: expected {why['expected']}, found {why['found']}"
