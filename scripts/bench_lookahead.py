@@ -25,21 +25,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "grad_ascent, strong": {"forget": {"grad_ascent": {}}, "retain": {"nll": {}}, "learning_rate": 5e-4},
 }
 RIVALS = {"sum": {"conflict": "sum"}, "pcgrad_retain_first": {"conflict": "pcgrad_retain_first"}}
-EPOCHS = 10
 
 
-def settings(alphas: list[float], modes: list[str]) -> dict[str, dict[str, Any]]:
+def settings(alphas: list[float], modes: list[str], epochs: float) -> dict[str, dict[str, Any]]:
     """{row: options}: the rivals with as many steps, and with as many passes; then LUR."""
     rows: dict[str, dict[str, Any]] = {}
     for name, options in RIVALS.items():
-        rows[name] = {**options, "num_train_epochs": EPOCHS}
-        rows[f"{name}, equal compute"] = {**options, "num_train_epochs": EPOCHS * 1.5}
+        rows[name] = {**options, "num_train_epochs": epochs}
+        rows[f"{name}, equal compute"] = {**options, "num_train_epochs": epochs * 1.5}
     for mode in modes:
         for inner in ("retain", "forget"):
             for alpha in alphas:
                 look = {"mode": mode, "inner": inner, "alpha": alpha}
                 rows[f"{mode}, inner {inner}, alpha {alpha:g}"] = {
-                    "conflict": "sum", "lookahead": look, "num_train_epochs": EPOCHS,
+                    "conflict": "sum", "lookahead": look, "num_train_epochs": epochs,
                 }  # fmt: skip
     return rows
 
@@ -79,6 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.01, 0.1, 0.5])
     parser.add_argument("--modes", nargs="+", default=["first_order", "cross", "exact"])
+    parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--output", type=Path, default=Path("runs/bench_lookahead.jsonl"))
     wanted = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def main() -> None:
     for seed in wanted.seeds:
         bed, references = None, []
         for method in wanted.methods:
-            for row, options in settings(wanted.alphas, wanted.modes).items():
+            for row, options in settings(wanted.alphas, wanted.modes, wanted.epochs).items():
                 asked = {"seed": seed, "method": method, "row": row}
                 if records.find(**asked) is not None:
                     continue
