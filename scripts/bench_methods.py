@@ -148,10 +148,10 @@ def chosen(records: Records, bed: str, method: str, rule: str, budget: Budget) -
     return min(gaps, key=lambda pair: pair[0])[1] if gaps else None
 
 
-def table(records: Records, bed: str, seeds: list[int], budget: Budget) -> list[str]:
-    """Rows of markdown, the smallest gap first."""
-    columns = ("gap", "forget_probability", "forget_rouge", "forget_truth_ratio", "forget_fluency", "retain_probability",
-               "retain_rouge", "forget_quality")  # fmt: skip
+def results(
+    records: Records, bed: str, seeds: list[int], budget: Budget
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """{(method, rule): its records on the seeds, at the setting that was chosen}."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records.all:
         method, rule = record["method"], record["rule"]
@@ -159,8 +159,20 @@ def table(records: Records, bed: str, seeds: list[int], budget: Budget) -> list[
             continue
         if rule == "-" or record["setting"] == chosen(records, bed, method, rule, budget):
             rows.setdefault((method, rule), []).append(record)
+    return rows
+
+
+def table(records: Records, bed: str, seeds: list[int], budget: Budget) -> list[str]:
+    """Rows of markdown, the smallest gap first."""
+    columns = ("gap", "forget_probability", "forget_rouge", "forget_truth_ratio", "forget_fluency", "retain_probability",
+               "retain_rouge", "forget_quality")  # fmt: skip
     lines = ["| method | rule | setting | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
-    for (method, rule), found in sorted(rows.items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])):
+    ranked = sorted(
+        results(records, bed, seeds, budget).items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])
+    )
+    for (method, rule), found in ranked:
+        results(records, bed, seeds, budget).items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])
+    ):
         cells = []
         for column in columns:
             values = [record["figures"][column] for record in found]
@@ -171,6 +183,34 @@ def table(records: Records, bed: str, seeds: list[int], budget: Budget) -> list[
                 cells.append(", ".join("-" if value is None else f"{value:.0e}" for value in values))
         lines.append(f"| {method} | {rule} | {words(found[0]['setting'])} | " + " | ".join(cells) + " |")
     return lines
+
+
+def figure(records: Records, bed: str, seeds: list[int], budget: Budget, path: Path) -> None:
+    """Forgetting against retaining: means over seeds, a mark for each method, a colour for each rule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = {"sum": "tab:gray", "pcgrad_retain_first": "tab:blue", "lur": "tab:orange", "-": "black"}
+    drawn, axes = pyplot.subplots(figsize=(9, 5.5))
+    places: dict[str, list[tuple[float, float]]] = {}
+    for (method, rule), found in results(records, bed, seeds, budget).items():
+        x, y = (mean(r["figures"][name] for r in found) for name in ("forget_truth_ratio", "retain_probability"))
+        mark = {"retrained": "*", "before": "s"}.get(method, "o")
+        axes.scatter(x, y, c=colours[rule], marker=mark, s=160 if rule == "-" else 36, zorder=3)
+        places.setdefault(method, []).append((x, y))
+    for method, points in places.items():  # the rules of a method hang together
+        axes.plot(*zip(*points, strict=True), c="lightgray", zorder=1)
+        axes.annotate(method, max(points), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    for rule, colour in list(colours.items())[:-1]:
+        axes.scatter([], [], c=colour, label=rule)
+    axes.set_xlabel("forgetting: truth ratio on the forgotten persons (1: truth and lies look alike)")
+    axes.set_ylabel("retaining: probability of the other persons' answers")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left")
+    drawn.tight_layout()
+    drawn.savefig(path, dpi=110)
 
 
 def words(setting: dict[str, Any]) -> str:
@@ -189,6 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/bench_methods.jsonl"))
     parser.add_argument("--alphas", nargs="+", type=float, default=[0.03, 0.3], help="inner steps that LUR may try")
+    parser.add_argument("--figure", type=Path, help="also draw forgetting against retaining")
     parser.add_argument("--report", action="store_true", help="only print the table of what is there")
     wanted = parser.parse_args()
     torch.set_num_threads(1)  # such small models are slower on two threads
@@ -208,6 +249,8 @@ def main() -> None:
                 setting = chosen(comparison.records, wanted.bed, method, rule, budget)
                 for seed in wanted.seeds if setting is not None else ():
                     comparison.result(seed, method, rule, setting)
+    if wanted.figure is not None:
+        figure(comparison.records, wanted.bed, wanted.seeds, budget, wanted.figure)
     print("\n".join(table(comparison.records, wanted.bed, wanted.seeds, budget)))
 
 
