@@ -171,8 +171,6 @@ def table(records: Records, bed: str, seeds: list[int], budget: Budget) -> list[
         results(records, bed, seeds, budget).items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])
     )
     for (method, rule), found in ranked:
-        results(records, bed, seeds, budget).items(), key=lambda item: mean(r["figures"]["gap"] for r in item[1])
-    ):
         cells = []
         for column in columns:
             values = [record["figures"][column] for record in found]
