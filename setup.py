@@ -41,7 +41,7 @@ TEST = [
     "pytest>=9.0",  # oldest tested
     "pytest-xdist>=3.8",  # oldest tested; two workers
     "jsonschema>=4.26",  # oldest tested; checks the recipes' schema
-    "torchjd[quadprog-projector]>=0.18",  # the API of its weightings, an oracle for the conflict rules
+    "torchjd[quadprog-projector,cagrad]>=0.18",  # the API of its weightings, an oracle for the conflict rules
     "setuptools>=77",  # the wheel is built without isolation; 77: license as an SPDX expression
 ]
 DEV = [
