@@ -304,6 +304,8 @@ class ClmulTrainer(Trainer):
         with only_trainable(model, self.args.trainable):
             if any(active.term.edit for terms in self.terms.values() for active in terms):
                 return edit(self, resume_from_checkpoint)
+            if self.salient.wanted and not resume_from_checkpoint:
+                self.salient.check(model)
             self.reinforced = prepare(self)
             self.teacher = BeforeRequest(model) if wanted else None
             if self.salient.wanted and not resume_from_checkpoint:
