@@ -1,11 +1,11 @@
 """Rules that know their weights beforehand: by hand, and inside the trainer."""
 
-import copy
 import json
 
 import pytest
-from trainer_bed import Stop, adapted, examples, lines, llama, make, same, two_roles, weights
+from trainer_bed import adapted, assert_resume_is_exact, examples, lines, llama, make, resumed, same, two_roles, weights
 
+from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import SCHEDULE
 from hf_clmul.gradients.schedule import Progress, alternate, pdu
 
@@ -150,30 +150,18 @@ def test_a_multiplier_of_zero_comes_back(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("build", [llama, adapted])
 def test_resume_is_exact(tmp_path, build, rule):
-    options = {
-        **OPTIONS,
-        "conflict": rule,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "optim": "adamw_torch",
-        "max_steps": 6,
-    }
+    options = {**OPTIONS, "conflict": rule, "max_steps": 6}
     start = build()
-    through = make(copy.deepcopy(start), two_roles(7, 9), tmp_path / "through", **options)
-    through.train()
-    for step in (3, 4):
-        folder = tmp_path / str(step)
-        with pytest.raises(KeyboardInterrupt):
-            make(copy.deepcopy(start), two_roles(7, 9), folder, [Stop(step)], **options).train()
-        resumed = make(copy.deepcopy(start), two_roles(7, 9), folder, **options)
-        resumed.train(resume_from_checkpoint=True)
-        assert same(weights(resumed.model), weights(through.model)) and lines(resumed) == lines(through)
-    state = tmp_path / "3" / "checkpoint-3" / SCHEDULE
-    assert len(json.loads(state.read_text())) == 2
-    state.unlink()
-    forgetful = make(copy.deepcopy(start), two_roles(7, 9), tmp_path / "3", **options)
-    forgetful.train(resume_from_checkpoint=str(state.parent))
-    assert not same(weights(forgetful.model), weights(through.model))  # else the state would not matter here
+    through = assert_resume_is_exact(start, tmp_path, (3, 4), **options)
+    checkpoint = tmp_path / "3" / "checkpoint-3"
+    state = json.loads((checkpoint / SCHEDULE).read_text())
+    assert len(state) == 2
+    (checkpoint / SCHEDULE).write_text(json.dumps([weight + 1 for weight in state]))
+    other = resumed(start, checkpoint, **options)
+    assert not same(weights(other.model), weights(through.model))  # else the state would not matter here
+    (checkpoint / SCHEDULE).unlink()
+    with pytest.raises(RunError, match="has no conflict_weights.json: it was made without conflict='(pdu|alternate)'"):
+        resumed(start, checkpoint, **options)
 
 
 def test_a_second_training_starts_from_the_first_weights(tmp_path):
