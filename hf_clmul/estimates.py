@@ -62,19 +62,40 @@ def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
             trained = matching(model, section.trainable)
         except ValueError as error:
             raise RecipeError(f"request {step.name}: {error}") from error
-    # For each trained weight: its gradient, two AdamW moments, a snapshot for each further role, the state of
-    # the conflict rule, what a look ahead puts back, and the teacher's copy.
-    rule = CONFLICT_RULES[rule_name(recipe.unlearning.conflict)]
-    ahead = recipe.unlearning.lookahead is not None
-    snapshots = 0
-    if len(step.roles) > 1 and (ahead or rule.needs & {"gram", "gradients"}):
-        snapshots = len(step.roles) - 1 + ("state" in rule.needs) + ahead
-    reinforced = step.kind == "unlearn" and _reinforced(recipe.unlearning.forget) is not None
-    copies = 3 + snapshots + _teacher_is_a_copy(recipe, step) + reinforced
+    count, once = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+    kept = _teacher_is_a_copy(recipe, step)
+    kept += step.kind == "unlearn" and _reinforced(recipe.unlearning.forget) is not None
+    choosing, salient = _of_saliency(recipe, step, count, once)
     return {
-        "trainable_parameters": sum(p.numel() for p in trained),
-        "memory_bytes": weights + copies * sum(p.numel() * p.element_size() for p in trained),
+        "trainable_parameters": count,
+        "memory_bytes": weights + kept * once + max(choosing, _copies(recipe, step) * once + salient),
     }
+
+
+def _copies(recipe: Recipe, step: Step) -> int:
+    """Of what trains, in a step: gradient, two AdamW moments, a snapshot for each further role, the state of the conflict
+    rule, what a look ahead puts back, and what measuring the change keeps."""
+    rule = CONFLICT_RULES[rule_name(recipe.unlearning.conflict)]
+    roles, ahead = len(step.roles), recipe.unlearning.lookahead is not None
+    compares = roles > 1 and (ahead or bool(rule.needs & {"gram", "gradients"}))
+    measures = recipe.request_training(step.index).get("change_steps", 0) > 0
+    snapshots = roles - 1 if compares or measures else 0
+    if compares:
+        snapshots += ("state" in rule.needs) + ahead
+    # All roles' gradients and the weights; then their change, which takes the place of a snapshot where there is one.
+    return 3 + snapshots + (roles + 1 + (roles == 1) if measures else 0)
+
+
+def _of_saliency(recipe: Recipe, step: Step, count: int, once: int) -> tuple[int, int]:
+    """(bytes while weights are chosen, before any step; bytes in every step). A mask has a byte for each weight."""
+    wanted = recipe.unlearning.saliency
+    if step.kind == "learn" or wanted is None:
+        return 0, 0
+    masks = (wanted.train is not None) * count
+    marked = (wanted.trim is not None) * count
+    held = 0 if wanted.train is None else round((1 - wanted.train) * once)
+    # The forget gradient, its scores, and these once more in float32, in a row.
+    return 2 * once + 4 * count + masks + marked, masks + held
 
 
 def _teacher_is_a_copy(recipe: Recipe, step: Step) -> bool:

@@ -5,7 +5,7 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,11 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
     began = time.time()
     with quiet_libraries(), ExitStack() as held:
         # Several processes on CPUs find each other only if told that they are on CPUs.
-        on_cpu = any(recipe.request_training(i).get("use_cpu", False) for i in range(len(recipe.requests)))
-        state = PartialState(cpu=on_cpu or not torch.accelerator.is_available())
+        trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
+        on_cpu = any(training.get("use_cpu", False) for training in trainings)
+        # A trainer comes too late to say how long processes wait for each other.
+        wait = timedelta(seconds=max(training.get("ddp_timeout", 1800) for training in trainings))
+        state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         whole = groups(recipe, steps)
         sampled, how = _sampled(recipe, whole), _measuring(recipe)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.gradients.options import Saliency
 from hf_clmul.gradients.saliency import Held, connection_scores, gradient_scores, top, trim
+from hf_clmul.models import adapters
 
 FILE = "saliency.safetensors"
 log = logging.getLogger(__name__)
@@ -30,6 +32,15 @@ class SalientPart:
     @property
     def wanted(self) -> bool:
         return self.train is not None or self.trim is not None
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for an adapter that changes nothing yet: where B is zero, A has no gradient and B no weight."""
+        if isinstance(model, PeftModel) and adapters.is_identity(model, model.active_adapter):
+            raise ValueError(
+                f"saliency looks at gradients and weights, but adapter {model.active_adapter!r} has learned nothing yet: its B "
+                "matrices are zero, so that no A matrix would ever train and nothing can be trimmed. Give an adapter that has "
+                "learned, or train all weights."
+            )
 
     def choose(self, model: nn.Module, gradients: dict[str, Tensor], seed: int) -> None:
         """Masks and trimming from the gradient of the forget data; both look at the model before it is trimmed."""

@@ -296,6 +296,7 @@ class ClmulTrainer(Trainer):
                 "then call train(resume_from_checkpoint=...)."
             )
         if self.train_dataset is not None:
+            self.train_dataset.max_length = self.args.max_length
             self._tell_repeats()
         model = self.accelerator.unwrap_model(self.model)
         self._window = self._change = None
@@ -304,6 +305,8 @@ class ClmulTrainer(Trainer):
         with only_trainable(model, self.args.trainable):
             if any(active.term.edit for terms in self.terms.values() for active in terms):
                 return edit(self, resume_from_checkpoint)
+            if self.salient.wanted and not resume_from_checkpoint:
+                self.salient.check(model)
             self.reinforced = prepare(self)
             self.teacher = BeforeRequest(model) if wanted else None
             if self.salient.wanted and not resume_from_checkpoint:

@@ -100,6 +100,18 @@ def test_the_prompt_shows_the_question_and_the_answer(model, monkeypatch):
     assert plain.decode(seen[0]).endswith("In house 0.\n\nDifferent answer:")
 
 
+def test_a_template_with_a_clock_asks_the_same_on_every_day(model, monkeypatch):
+    clock = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    turns = "{{ date_string }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    dated = tiny_tokenizer(refusals(), 600, chat_template=clock + turns)
+    seen = []
+    monkeypatch.setattr(
+        causal_lm, "generate", lambda m, t, prompts, n, seeds: seen.extend(prompts) or ["x"] * len(seeds)
+    )
+    own_alternatives(model, dated, [encode(ROWS[0], dated)], 1, 0)
+    assert dated.decode(seen[0]).startswith("26 Jul 2024|Below is an exchange")
+
+
 def test_alternatives_are_cut_to_what_fits_after_the_prompt():
     example = encode(ROWS[3], TOKENIZER)
     prompt = example["labels"].count(-100)

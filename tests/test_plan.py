@@ -319,3 +319,33 @@ def test_the_plan_of_a_look_ahead_and_of_a_schedule(tmp_path):
     for change, copies in (("lookahead={}", 4 + 1 + 1 + 1), ("conflict=pdu", 4 + 1), ("conflict=gru", 4 + 1 + 1 + 1)):
         _, forget = plan_recipe(load_recipe(file, [f"unlearning.{change}"]))
         assert forget["memory_bytes"] == 4 * copies * forget["trainable_parameters"], change
+
+
+PLAIN = ["unlearning.conflict=sum", "unlearning.forget=simnpo", "unlearning.retain=nll"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "learn_bytes", "forget_bytes"),
+    [
+        ([], 16, 16),  # weights, gradient and two moments, 4 bytes each
+        (["unlearning.saliency={train: 0.25}"], 16, 16 + 1 + 3),  # a mask, and three quarters of the weights
+        (["unlearning.saliency={train: 0.25, trim: 0.1}"], 16, 20),  # to choose: 4 + 4 + 4 + 4 + 1 + 1 are less
+        (["unlearning.saliency={trim: 0.1}"], 16, 4 + 4 + 4 + 4 + 1),  # weights, gradient, scores, in a row, marked
+        # In two bytes: the choice is 2 + 2 + 2 + 4 + 1, training 8 or 8 + 1 + 1
+        (["model.dtype=bfloat16", "unlearning.saliency={trim: 0.1}"], 8, 11),
+        (["model.dtype=bfloat16", "unlearning.saliency={train: 0.5}"], 8, 11),
+        # A snapshot, two gradients and the weights; of one role, its gradient, the weights and their change
+        (["training.change_steps=2"], 16 + 4 * 3, 16 + 4 * (1 + 3)),
+        (["training.change_steps=2", "unlearning.conflict=gru"], 28, 16 + 4 * (1 + 1 + 3)),
+        (["unlearning.training.change_steps=2", "unlearning.lookahead={}"], 16, 16 + 4 * (1 + 1 + 3)),
+    ],
+    ids=str,
+)
+def test_the_plan_of_a_salient_part_and_of_measured_changes(tmp_path, changes, learn_bytes, forget_bytes):
+    """Bytes for each weight of a model that trains whole."""
+    file = write_recipe(
+        tmp_path, "lora", ("\nadapter: {r: 2, alpha: 4, dropout: 0.2}", "")
+    )  # one from a folder has a dtype
+    planned = plan_recipe(load_recipe(file, [*PLAIN, *changes]))
+    per_weight = [entry["memory_bytes"] / entry["trainable_parameters"] for entry in planned]
+    assert per_weight == [learn_bytes, forget_bytes]

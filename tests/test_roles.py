@@ -141,6 +141,18 @@ def test_an_example_in_a_context_is_the_example_behind_a_text():
     assert in_context(given, [], 1) == given
 
 
+@pytest.mark.parametrize(
+    ("max_length", "ids"),
+    [(7, [1, 7, 8, 9, 2, 11, 12]), (6, [1, 8, 9, 2, 11, 12]), (5, [1, 9, 2, 11, 12]), (4, [1, 2, 11, 12])],
+)
+def test_a_text_is_cut_from_its_start_to_the_room_that_is_left(max_length, ids):
+    given = {"input_ids": [1, 2, 11, 12], "labels": [-100, -100, 11, 12]}
+    expected = {"input_ids": ids, "labels": [-100] * (len(ids) - 2) + [11, 12]}
+    assert in_context(given, [7, 8, 9], 1, max_length) == expected
+    data = RoleDataset({"forget": [given]}, "forget", 0, (), (), None, {"forget": {"novice": [7, 8, 9]}}, 1, max_length)
+    assert data[0]["forget"]["contexts"] == {"novice": expected}
+
+
 def test_only_the_roles_with_contexts_are_shown_in_them():
     texts = {"novice": [7], "expert": [8, 9]}
     data = RoleDataset({"forget": FORGET, "retain": RETAIN}, "forget", 0, contexts={"forget": texts}, first_token=1)

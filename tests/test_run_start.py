@@ -1,12 +1,15 @@
 """Where a request may start from, and in which folders a run may write."""
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from small_run import execute, write_recipe
 
+from hf_clmul import run
 from hf_clmul.errors import RunError
+from hf_clmul.recipe import load_recipe
 
 
 def test_a_request_never_starts_from_weights_that_are_gone(tmp_path: Path) -> None:
@@ -29,3 +32,23 @@ def test_the_folder_of_a_users_own_recipe_is_not_a_run_folder(tmp_path: Path) ->
         execute(recipe, tmp_path)
     assert recipe.read_text().startswith("# my notes")
     assert (tmp_path / "requests" / "mine" / "notes.txt").read_text() == "precious"
+
+
+def test_processes_wait_for_each_other_as_long_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    class Stopped(Exception):
+        pass
+
+    def state(**given: object) -> None:
+        told.append(given["timeout"])
+        raise Stopped
+
+    monkeypatch.setattr(run, "PartialState", state)
+    recipe = write_recipe(tmp_path, "full")
+    for changes in ([], ["unlearning.training.ddp_timeout=7200"]):
+        with pytest.raises(Stopped):
+            run.run_recipe(load_recipe(recipe, changes), tmp_path / "out")
+    assert told == [timedelta(seconds=1800), timedelta(seconds=7200)]

@@ -1,11 +1,27 @@
 """Rules that know their weights beforehand: by hand, and inside the trainer."""
 
-import copy
 import json
 
 import pytest
-from trainer_bed import Stop, adapted, examples, lines, llama, make, same, two_roles, weights
+from trainer_bed import (
+    Gradients,
+    adapted,
+    assert_resume_is_exact,
+    distance,
+    exact,
+    examples,
+    lines,
+    llama,
+    make,
+    resumed,
+    role_gradients,
+    same,
+    two_roles,
+    weights,
+    windows,
+)
 
+from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import SCHEDULE
 from hf_clmul.gradients.schedule import Progress, alternate, pdu
 
@@ -145,35 +161,66 @@ def test_a_multiplier_of_zero_comes_back(tmp_path, monkeypatch):
     assert (first["weight/retain"], second["weight/retain"]) == (0.0, pytest.approx(first["loss/retain/nll"] - 0.3))
 
 
+THREE = {
+    **{role: {"nll": {}} for role in ("retain", "memory")},
+    "per_device_train_batch_size": 8,
+    "max_steps": 2,
+    "learning_rate": 0.0,
+}
+
+
+def three_roles():
+    return {**two_roles(), "memory": examples(8, 5)}
+
+
+def gradients_of(model, trainer):
+    """Of each role, in float64: 8 examples of each are a window, and nothing moves."""
+    terms = {"forget": {"grad_ascent": {}}, "retain": {"nll": {}}, "memory": {"nll": {}}}
+    return role_gradients(exact(model), None, windows(trainer, 8)[0], terms)
+
+
+def test_pdu_follows_the_loss_of_each_of_two_kept_roles(tmp_path):
+    saw, rule = Gradients(), {"pdu": {"warmup": 0.0, "start": 3.0, "step": 2.0}}
+    trainer = make(llama(), three_roles(), tmp_path, [saw], conflict=rule, forget="grad_ascent", **THREE)
+    trainer.train()
+    found, losses = gradients_of(llama(), trainer)
+    after = [1.0, 3 + 2 * (losses["retain/nll"] - 0.3), 3 + 2 * (losses["memory/nll"] - 0.3)]
+    assert abs(after[1] - after[2]) > 0.01
+    for chosen, line, update in zip(([1.0, 3.0, 3.0], after), lines(trainer), saw.steps, strict=True):
+        assert [line[f"weight/{role}"] for role in found] == pytest.approx(chosen, rel=1e-5)
+        expected = {name: sum(w * g[name] for w, g in zip(chosen, found.values(), strict=True)) for name in update}
+        assert distance(update, expected) < 5e-6
+
+
+def test_turns_of_one_and_of_two_kept_roles(tmp_path, monkeypatch):
+    saw = Gradients()
+    trainer = make(llama(), three_roles(), tmp_path, [saw], conflict="alternate", forget="grad_ascent", **THREE)
+    passes, _ = recorded(trainer, monkeypatch)
+    assert passes == [["forget"], ["retain", "memory"]]
+    found, _ = gradients_of(llama(), trainer)
+    forgetting, keeping = saw.steps
+    assert distance(forgetting, found["forget"]) < 5e-6
+    kept = {name: found["retain"][name] + found["memory"][name] for name in keeping}
+    assert distance(keeping, kept) < 5e-6
+
+
 @pytest.mark.parametrize(
     "rule", [{"pdu": {"warmup": 0.25, "start": 2.0}}, {"alternate": {"forget_epochs": 1.5}}], ids=str
 )
 @pytest.mark.parametrize("build", [llama, adapted])
 def test_resume_is_exact(tmp_path, build, rule):
-    options = {
-        **OPTIONS,
-        "conflict": rule,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "optim": "adamw_torch",
-        "max_steps": 6,
-    }
+    options = {**OPTIONS, "conflict": rule, "max_steps": 6}
     start = build()
-    through = make(copy.deepcopy(start), two_roles(7, 9), tmp_path / "through", **options)
-    through.train()
-    for step in (3, 4):
-        folder = tmp_path / str(step)
-        with pytest.raises(KeyboardInterrupt):
-            make(copy.deepcopy(start), two_roles(7, 9), folder, [Stop(step)], **options).train()
-        resumed = make(copy.deepcopy(start), two_roles(7, 9), folder, **options)
-        resumed.train(resume_from_checkpoint=True)
-        assert same(weights(resumed.model), weights(through.model)) and lines(resumed) == lines(through)
-    state = tmp_path / "3" / "checkpoint-3" / SCHEDULE
-    assert len(json.loads(state.read_text())) == 2
-    state.unlink()
-    forgetful = make(copy.deepcopy(start), two_roles(7, 9), tmp_path / "3", **options)
-    forgetful.train(resume_from_checkpoint=str(state.parent))
-    assert not same(weights(forgetful.model), weights(through.model))  # else the state would not matter here
+    through = assert_resume_is_exact(start, tmp_path, (3, 4), **options)
+    checkpoint = tmp_path / "3" / "checkpoint-3"
+    state = json.loads((checkpoint / SCHEDULE).read_text())
+    assert len(state) == 2
+    (checkpoint / SCHEDULE).write_text(json.dumps([weight + 1 for weight in state]))
+    other = resumed(start, checkpoint, **options)
+    assert not same(weights(other.model), weights(through.model))  # else the state would not matter here
+    (checkpoint / SCHEDULE).unlink()
+    with pytest.raises(RunError, match="has no conflict_weights.json: it was made without conflict='(pdu|alternate)'"):
+        resumed(start, checkpoint, **options)
 
 
 def test_a_second_training_starts_from_the_first_weights(tmp_path):

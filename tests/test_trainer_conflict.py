@@ -1,23 +1,26 @@
 """Every conflict rule inside the trainer: the update of a window, the state of a stateful rule, its
 checkpoint."""
 
-import copy
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trainer_bed import (
     Gradients,
     Nudge,
-    Stop,
     adapted,
+    assert_resume_is_exact,
     distance,
     exact,
+    inner,
     lines,
     llama,
     make,
     nudged,
+    resumed,
     role_gradients,
+    ruled,
     same,
     two_roles,
     weights,
@@ -48,20 +51,11 @@ def test_every_rule_makes_the_update(tmp_path, wanted):
     student = exact(nudged(trainer.model))
     trainer.train()
     by_role, _ = role_gradients(student, before, windows(trainer, 8)[0], TERMS)
-    names = list(by_role["forget"])
-    gradients = [list(gradient.values()) for gradient in by_role.values()]
-    gram = [[sum(float((a * b).sum()) for a, b in zip(f, r, strict=True)) for r in gradients] for f in gradients]
-    rule = active_rule(wanted)
-    rule.start(2)
-    if "gradients" in rule.needs:
-        update = rule.combined(gradients, gram)
-    else:
-        chosen = rule.weights(gram)
-        update = [sum(w * t for w, t in zip(chosen, parts, strict=True)) for parts in zip(*gradients, strict=True)]
-    assert gram[0][1] < 0
+    update, rule = ruled(wanted, by_role), active_rule(wanted)
+    assert inner(by_role["forget"], by_role["retain"]) < 0
     # sago: a gradient that rounds to the other sign of zero changes its whole coordinate
     tolerance = 1e-3 if rule.name == "sago" else 5e-6
-    assert distance(saw.steps[0], dict(zip(names, update, strict=True))) < tolerance
+    assert distance(saw.steps[0], update) < tolerance
     logged = lines(trainer)[0]
     assert ("weight/forget" in logged) == (rule.name not in ("sum", "gru", "sago", "pcgrad_per_layer"))
     assert ("cosine/forget/retain" in logged) == rule.compares
@@ -69,24 +63,34 @@ def test_every_rule_makes_the_update(tmp_path, wanted):
 
 @pytest.mark.parametrize("build", [llama, adapted])
 def test_gru_resumes_exactly_with_its_moving_average(tmp_path, build):
-    options = {"conflict": {"gru": {"gamma": 0.3}}, "save_strategy": "steps", "save_steps": 1, "max_steps": 5,
-               "per_device_train_batch_size": 2, "optim": "adamw_torch", "learning_rate": 1e-3,
-               "forget": "grad_ascent", "retain": "nll"}  # fmt: skip
+    options = {"conflict": {"gru": {"gamma": 0.3}}, "max_steps": 5, "learning_rate": 1e-3, "forget": "grad_ascent",
+               "retain": "nll"}  # fmt: skip
     start = build()
-    through = make(copy.deepcopy(start), two_roles(7, 9), tmp_path / "through", **options)
-    through.train()
-    for step in (2, 4):
-        folder = tmp_path / str(step)
-        with pytest.raises(KeyboardInterrupt):
-            make(copy.deepcopy(start), two_roles(7, 9), folder, [Stop(step)], **options).train()
-        resumed = make(copy.deepcopy(start), two_roles(7, 9), folder, **options)
-        resumed.train(resume_from_checkpoint=True)
-        assert same(weights(resumed.model), weights(through.model))
-        assert lines(resumed) == lines(through)
-    (folder / "checkpoint-4" / RULE_STATE).unlink()
-    forgetful = make(copy.deepcopy(start), two_roles(7, 9), folder, **options)
-    forgetful.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
-    assert not same(weights(forgetful.model), weights(through.model))  # else the state would not matter here
+    through = assert_resume_is_exact(start, tmp_path, (2, 4), **options)
+    checkpoint = tmp_path / "4" / "checkpoint-4"
+    state = load_file(checkpoint / RULE_STATE)
+    save_file({name: -tensor for name, tensor in state.items()}, checkpoint / RULE_STATE)
+    other = resumed(start, checkpoint, **options)
+    assert not same(weights(other.model), weights(through.model))  # else the state would not matter here
+    (checkpoint / RULE_STATE).unlink()
+    with pytest.raises(
+        RunError, match="has no conflict_state.safetensors: it was made without conflict='gru'. Start the"
+    ):
+        resumed(start, checkpoint, **options)
+
+
+def test_a_checkpoint_behind_windows_that_overflowed_holds_that_there_is_no_state_yet(tmp_path):
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    fresh, loaded = active_rule("gru"), active_rule("gru")
+    fresh.save(tmp_path)
+    loaded.load(tmp_path, parameters)
+    updates = []
+    for rule in (fresh, loaded):
+        gradients = [[torch.tensor([1.0, 2.0]), None], [torch.tensor([-1.0, 0.0]), torch.tensor([3.0])]]
+        updates.append(rule.combined(gradients, [[5.0, -1.0], [-1.0, 10.0]]))
+    for one, other in zip(*updates, strict=True):
+        assert torch.equal(one, other)
+    assert fresh.state is not None and same(*(dict(enumerate(rule.state)) for rule in (fresh, loaded)))
 
 
 def test_a_second_training_starts_without_the_state_of_the_first(tmp_path):
@@ -107,7 +111,6 @@ def test_a_checkpoint_holds_a_state_only_where_there_is_one(tmp_path):
 def test_a_state_of_other_parameters_is_refused(tmp_path):
     parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     file = tmp_path / RULE_STATE
-    assert load_gradient(file, parameters) is None
     gradient = [torch.arange(6.0).reshape(3, 2).T, None]  # not contiguous
     save_gradient(gradient, file)
     one, two = load_gradient(file, parameters)

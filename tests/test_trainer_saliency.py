@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import execute, write_recipe
 from trainer_bed import (
+    LORA,
     Gradients,
     Stop,
     adapted,
@@ -209,6 +210,18 @@ def test_without_forget_data_it_is_refused(tmp_path):
         ValueError, match="saliency is measured on what is to be forgotten, but train_dataset has no `forget`"
     ):
         make(llama(), {"learn": examples(2, 0)}, tmp_path, saliency=HALF)
+
+
+@pytest.mark.parametrize("wanted", [HALF, {"trim": 0.1}], ids=str)
+def test_an_adapter_that_has_learned_nothing_is_refused(tmp_path, wanted):
+    """B is zero: A has no gradient, B has no weight. One nonzero entry of one B is enough to begin with."""
+    trainer = make(llama(), two_roles(), tmp_path, peft_config=LORA, saliency=wanted, **TERMS)
+    with pytest.raises(ValueError, match="'default' has learned nothing yet: .* Give an adapter that has learned, or"):
+        trainer.train()
+    with torch.no_grad():
+        next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)[0, 0] = 0.1
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_sharded_models_are_refused(tmp_path):

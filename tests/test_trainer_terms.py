@@ -157,3 +157,11 @@ def test_rmu_reaches_only_the_layers_below(tmp_path):
     trainer.train()
     reached = {name.split(".")[2] for name in saw.steps[0] if ".layers." in name}
     assert reached == {"0", "1"}
+
+
+def test_contexts_keep_to_max_length(tmp_path):
+    trainer = make(llama(), two_roles(), tmp_path, forget="elm", retain="nll", max_length=16)
+    trainer.train()
+    drawn = [row["forget"] for row in windows(trainer, 8)[0]]
+    assert {len(shown["input_ids"]) for row in drawn for shown in row["contexts"].values()} == {16}
+    assert max(len(row["input_ids"]) for row in drawn) < 16

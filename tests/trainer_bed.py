@@ -1,5 +1,6 @@
 """What the trainer's tests share: tiny data by role, quiet settings, what a run left behind, and the same window worked
-out by hand: every example by itself, in float64, with autograd. It uses no loss, rule or batch of hf_clmul."""
+out by hand: every example by itself, in float64, with autograd. It uses no loss or batch of hf_clmul, and its rules only in
+`ruled`, where they get exact gradients."""
 
 import copy
 import gc
@@ -9,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
@@ -20,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_clmul.data.roles import EpochSampler
 from hf_clmul.data.sources import refusals
+from hf_clmul.gradients.active import active_rule
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
 
@@ -163,6 +166,34 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def assert_resume_is_exact(start: nn.Module, folder: Path, steps: Sequence[int], **options: Any) -> ClmulTrainer:
+    """Kills a run after each of the steps and resumes it, in folder/STEP: it ends as the one that went through, which is
+    returned."""
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "optim": "adamw_torch",
+        "per_device_train_batch_size": 2,
+        **options,
+    }
+    through = make(copy.deepcopy(start), two_roles(7, 9), folder / "through", **options)
+    through.train()
+    for step in steps:
+        with pytest.raises(KeyboardInterrupt):
+            make(copy.deepcopy(start), two_roles(7, 9), folder / str(step), [Stop(step)], **options).train()
+        again = resumed(start, folder / str(step) / f"checkpoint-{step}", **options)
+        assert same(weights(again.model), weights(through.model)) and lines(again) == lines(through)
+    return through
+
+
+def resumed(start: nn.Module, checkpoint: Path, **options: Any) -> ClmulTrainer:
+    """A run as in `assert_resume_is_exact`, from a checkpoint to its end."""
+    options = {"optim": "adamw_torch", "per_device_train_batch_size": 2, **options}
+    trainer = make(copy.deepcopy(start), two_roles(7, 9), checkpoint.parent, **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
 class Poison(TrainerCallback):
     """Puts a value into a trained weight before a step; keeps what the weights were then."""
 
@@ -291,6 +322,20 @@ def pcgrad_retain_first(f: dict[str, Tensor], r: dict[str, Tensor]) -> tuple[flo
 RULES: dict[str, Callable] = {
     "sum": lambda f, r: (1.0, 1.0), "pcgrad": pcgrad, "pcgrad_retain_first": pcgrad_retain_first,
 }  # fmt: skip
+
+
+def ruled(wanted: Any, of_role: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What a rule of hf_clmul makes of exact gradients, in its first window."""
+    gradients = [[t.clone() for t in gradient.values()] for gradient in of_role.values()]
+    gram = [[inner(f, r) for r in of_role.values()] for f in of_role.values()]
+    rule = active_rule(wanted)
+    rule.start(len(gradients))
+    if "gradients" in rule.needs:
+        update = rule.combined(gradients, gram)
+    else:
+        chosen = rule.weights(gram)
+        update = [sum(w * t for w, t in zip(chosen, parts, strict=True)) for parts in zip(*gradients, strict=True)]
+    return dict(zip(next(iter(of_role.values())), update, strict=True))
 
 
 def combined(gradients: Mapping[str, dict[str, Tensor]], rule: str) -> dict[str, Tensor]:

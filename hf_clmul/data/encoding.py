@@ -114,17 +114,16 @@ def prompt_and_completion(example: Mapping[str, Any]) -> tuple[str, str]:
     return example["prompt"], example["completion"]
 
 
+def render(messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", *, prompt: bool) -> list[int]:
+    """Token ids of a conversation, the same on every day; with `prompt`, up to where the next answer begins."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False, date_string=DATE)
+
+
 def _encode_chat(
     messages: list[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", supervised_from: int
 ) -> tuple[list[int], list[int]]:
     """Supervises every assistant turn from message `supervised_from` on, each up to and with its end-of-turn token."""
-
-    def render(upto: int, prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(
-            messages[:upto], add_generation_prompt=prompt, return_dict=False, date_string=DATE
-        )
-
-    ids = render(len(messages), prompt=False) if messages else []
+    ids = render(messages, tokenizer, prompt=False) if messages else []
     labels = [IGNORED] * len(ids)
     end = 0
     for i, message in enumerate(messages):
@@ -135,10 +134,10 @@ def _encode_chat(
                 "a conversation begins with an assistant turn, which nothing asks for. "
                 "Put a user or system message before it, or remove it."
             )
-        asked = render(i, prompt=True)
+        asked = render(messages[:i], tokenizer, prompt=True)
         if ids[: len(asked)] != asked:
             raise RecipeError(REWRITES.format(i))
-        through = render(i + 1, prompt=False) if i + 1 < len(messages) else ids
+        through = render(messages[: i + 1], tokenizer, prompt=False) if i + 1 < len(messages) else ids
         start, end = len(asked), _end_of_turn(ids, len(asked), through, tokenizer, i)
         labels[start:end] = ids[start:end]
     # What a template puts after the last answer (a line break) is never generated: generation stops at its end token.

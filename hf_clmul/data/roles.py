@@ -27,7 +27,8 @@ class RoleDataset(Dataset):
     `alternatives`, encoded answers, are drawn in the same way for the roles `answered` (left out: for the anchor).
     `own_alternatives` has, for other roles, answers that belong to each example: in pass p over the role it gets number p
     of a permutation of its own, begun anew after all were used. `contexts` has, by role, texts (token ids, by name) in
-    which its examples are shown once more; they go before the prompt, but behind the token `first_token`.
+    which its examples are shown once more; they go before the prompt, but behind the token `first_token`, and are cut
+    where the whole would be longer than `max_length`, which can also be set later.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class RoleDataset(Dataset):
         own_alternatives: Mapping[str, Sequence[Sequence[list[int]]]] | None = None,
         contexts: Mapping[str, Mapping[str, list[int]]] | None = None,
         first_token: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         self.roles, self.anchor, self.seed, self.alternatives = dict(roles), anchor, seed, alternatives
         self.answered = {anchor} if answered is None else set(answered)
         self.own_alternatives = dict(own_alternatives or {})
-        self.contexts, self.first_token = dict(contexts or {}), first_token
+        self.contexts, self.first_token, self.max_length = dict(contexts or {}), first_token, max_length
         self._permutations: dict[str, tuple[int, np.ndarray]] = {}
 
     def __len__(self) -> int:
@@ -70,8 +72,9 @@ class RoleDataset(Dataset):
         for role in self.own_alternatives:
             drawn[role] = {**drawn[role], "alternative": _answer_with(drawn[role], self._own(role, draw))}
         for role, texts in self.contexts.items():
-            shown = {name: in_context(drawn[role], ids, self.first_token) for name, ids in texts.items()}
-            drawn[role] = {**drawn[role], "contexts": shown}
+            example, most = drawn[role], self.max_length
+            shown = {name: in_context(example, ids, self.first_token, most) for name, ids in texts.items()}
+            drawn[role] = {**example, "contexts": shown}
         return drawn
 
     def _own(self, role: str, draw: int) -> list[int]:
@@ -99,9 +102,16 @@ class EpochSampler(Sampler[int]):
         return (int(self.epoch * self.size + i) for i in permutation(self.size, self.seed, "order", self.epoch))
 
 
-def in_context(example: Mapping[str, Any], text: list[int], first_token: int | None) -> dict[str, list[int]]:
-    """The example behind a text, which goes after a leading `first_token`. What is supervised stays so, and nothing else."""
+def in_context(
+    example: Mapping[str, Any], text: list[int], first_token: int | None, max_length: int | None = None
+) -> dict[str, list[int]]:
+    """The example behind a text, which goes after a leading `first_token`. What is supervised stays so, and nothing else.
+
+    Of a text too long for `max_length` tokens in all, the start is left out.
+    """
     ids, labels = example["input_ids"], [-100, *example["labels"][1:]]  # nothing predicts a first token
+    if max_length is not None:
+        text = text[max(0, len(text) + len(ids) - max_length) :]
     place = int(ids[0] == first_token)
     return {
         "input_ids": [*ids[:place], *text, *ids[place:]],

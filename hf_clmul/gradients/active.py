@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from hf_clmul.errors import RunError
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name, rule_parameters
 from hf_clmul.gradients.schedule import Progress
 from hf_clmul.paths import atomic_write
@@ -69,20 +70,25 @@ class ActiveRule:
 
     def save(self, folder: Path) -> None:
         """Writes what it keeps into a checkpoint."""
-        if self.state is not None:
+        if "state" in self.needs:
             from hf_clmul.gradients.window import save_gradient
 
-            save_gradient(self.state, folder / STATE)
+            save_gradient(self.state or [], folder / STATE)  # none yet where every window overflowed
         if self.scheduled is not None:
             atomic_write(folder / SCHEDULE, json.dumps(self.scheduled) + "\n")
 
     def load(self, folder: Path, parameters: "Sequence[Parameter]") -> None:
-        """Reads what `save` wrote. Raises RunError if it is of other parameters."""
+        """Reads what `save` wrote. Raises RunError if it is missing, or of other parameters."""
+        for file, expected in ((STATE, "state" in self.needs), (SCHEDULE, self.scheduled is not None)):
+            if expected and not (folder / file).is_file():
+                raise RunError(
+                    f"{folder} has no {file}: it was made without conflict={self.name!r}. Start the request anew."
+                )
         if "state" in self.needs:
             from hf_clmul.gradients.window import load_gradient
 
             self.state = load_gradient(folder / STATE, parameters)
-        if self.scheduled is not None and (folder / SCHEDULE).is_file():
+        if self.scheduled is not None:
             self.scheduled = json.loads((folder / SCHEDULE).read_text("utf-8"))
 
 

@@ -69,8 +69,7 @@ def resolve(
         change = Change(roles, gradients, window, loss_scale) if measure else None
     else:
         if measure:  # the gradients to come are those of other weights
-            plain = [passes.gradient(role, again=True) for role in roles]
-            change = Change(roles, plain, window, loss_scale)
+            change = Change(roles, [passes.gradient(role, again=True) for role in roles], window, loss_scale)
         step = lookahead.alpha / loss_scale
         gradients = looked_ahead(roles, lookahead.inner, lookahead.mode, step, passes, total)
     gram = gram_matrix(gradients, loss_scale)

@@ -55,9 +55,9 @@ class Held:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> None:
-        self._kept = [(p, ~mask, p.detach()[~mask].clone()) for p, mask in zip(parameters, masks, strict=True)]
+        self._kept = [(p, mask, p.detach()[~mask]) for p, mask in zip(parameters, masks, strict=True)]
 
     @torch.no_grad()
     def restore(self) -> None:
-        for p, frozen, values in self._kept:
-            p.masked_scatter_(frozen, values)
+        for p, mask, values in self._kept:
+            p.masked_scatter_(~mask, values)

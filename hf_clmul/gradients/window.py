@@ -161,10 +161,8 @@ def save_gradient(gradient: Gradient, file: Path) -> None:
     save_file({str(i): t.contiguous() for i, t in enumerate(gradient) if t is not None}, file)
 
 
-def load_gradient(file: Path, parameters: Sequence[torch.nn.Parameter]) -> Gradient | None:
-    """What `save_gradient` wrote, or None without a file. Raises RunError if it is for other parameters."""
-    if not file.is_file():
-        return None
+def load_gradient(file: Path, parameters: Sequence[torch.nn.Parameter]) -> Gradient:
+    """What `save_gradient` wrote. Raises RunError if it is for other parameters."""
     found = load_file(file)
     shapes = {str(i): p.shape for i, p in enumerate(parameters)}
     if any(shapes.get(name) != tensor.shape for name, tensor in found.items()):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_clmul.data.encoding import IGNORED, Encoded, encode_answer, first_label
+from hf_clmul.data.encoding import IGNORED, Encoded, encode_answer, first_label, render
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import refusals
 from hf_clmul.models import adapters, causal_lm
@@ -98,5 +98,4 @@ def _prompt(prompt: str, answer: str, tokenizer: Any) -> list[int]:
     text = PROMPT.format(prompt=prompt, answer=answer)
     if tokenizer.chat_template is None:
         return tokenizer(text)["input_ids"]
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return render([{"role": "user", "content": text}], tokenizer, prompt=True)
