@@ -25,7 +25,7 @@ from hf_clmul.gradients.resolve import Change, resolve
 from hf_clmul.gradients.window import GradientWindow
 from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
-from hf_clmul.models.trainable import matching, only_trainable
+from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
 from hf_clmul.objectives.prediction import Prediction
@@ -108,9 +108,7 @@ class ClmulTrainer(Trainer):
         self._pending: list[Batch] = []
         self._sampler: EpochSampler | None = None
         self._accepted = causal_lm.accepted_inputs(model)
-        check_layers(model, self.terms)
-        if args.trainable is not None:
-            matching(model, args.trainable)  # to refuse it now
+        check_layers(model, self.terms, args.trainable)
         check_preparations(args, model, self.terms)
         super().__init__(
             model, args, RoleCollator(pad_token_id(processing_class)),
