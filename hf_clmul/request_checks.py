@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_clmul.data.roles import RoleDataset, derived_seed
 from hf_clmul.gradients.active import ActiveRule, active_rule
+from hf_clmul.gradients.conflict import UNOPPOSED, rule_name
 from hf_clmul.gradients.options import Lookahead, options
 from hf_clmul.models import adapters
 from hf_clmul.preparation import check_preparations
@@ -49,5 +50,21 @@ def understood(
         model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
     check_layers(model, terms, args.trainable)
     check_preparations(args, model, terms)
+    if not several and args.retain == {}:
+        _check_single_role(args, conflict_rule)
     pad = pad_token_id(tokenizer)
     return Understood(model, terms, rule, lookahead, encoded_roles(datasets, terms, args, tokenizer), pad)
+
+
+def _check_single_role(args: "ClmulConfig", conflict_rule: Any) -> None:
+    """Raises ValueError for what works between roles where the caller wants nothing retained."""
+    between = {
+        "conflict_rule": conflict_rule is not None,
+        "conflict": rule_name(args.conflict) not in UNOPPOSED,
+        "lookahead": args.lookahead is not None,
+    }
+    for option in (option for option, given in between.items() if given):
+        raise ValueError(
+            f"retain={{}} leaves one role, so that {option} has no other to work with: leave {option} out, or give a retain "
+            "term."
+        )

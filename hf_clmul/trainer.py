@@ -90,6 +90,8 @@ class ClmulTrainer(Trainer):
         given = {**kwargs, "data_collator": data_collator}
         asked = understood(args, model, train_dataset, processing_class, conflict_rule, peft_config, given)
         model, self.terms, self.rule, self.lookahead = asked.model, asked.terms, asked.rule, asked.lookahead
+        if args.lookahead is not None and self.lookahead is None:
+            log.warning("train_dataset has one role, with no other to look ahead to: lookahead is left out")
         if args.activation_checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
         self.teacher: BeforeRequest | None = None
