@@ -13,7 +13,7 @@ from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
 from hf_clmul.plan import Step, draws, optimizer_steps
-from hf_clmul.recipe_schema import Recipe
+from hf_clmul.recipe_schema import Learn, Recipe
 from hf_clmul.training_args import ClmulConfig
 
 
@@ -29,9 +29,8 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
     else:
         model, tokenizer = load_architecture(recipe.model)
     if recipe.adapter is not None:
-        a = recipe.adapter
-        config = adapters.lora_config(model, a.r, a.alpha, a.dropout, a.target_modules, a.layers)
-        model = adapters.attach(model, config, "planned", 0)
+        task = next(request.task for request in recipe.requests if isinstance(request, Learn))
+        model = adapters.attach_task(model, recipe.adapter, task, 0)  # `trainable` may name it
     entries = []
     for step in steps:
         training = recipe.request_training(step.index)

@@ -20,8 +20,6 @@ from hf_clmul.run_folder import TRAINED, RunFolder
 # Merging rounds W + BA once to the dtype of W, so logits differ by a few of its steps; everything else is bit-equal.
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 REPORT = "Please report this, with the output of `hf-clmul env`."
-TASK = "task_"
-"""Before the name of a task's adapter in memory: PEFT takes none that is called `train`, `type` or `values`."""
 
 
 def save_state(model: Any, folder: Path, trained: dict[str, Any]) -> None:
@@ -45,7 +43,7 @@ def load_state(model: Any, folder: Path) -> None:
 
 def task_of(model: PeftModel) -> str:
     """The task that the active adapter holds."""
-    return model.active_adapter.removeprefix(TASK)
+    return model.active_adapter.removeprefix(adapters.TASK)
 
 
 def export_kind(model: Any, merge: bool) -> str:

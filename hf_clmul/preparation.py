@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str, list[ActiveTerm]]) -> None:
-    """Raises ValueError for what cannot be prepared: an edit beside other roles' terms or of an adapter, and training before
+    """Raises ValueError for what cannot be prepared: an edit beside other roles' terms, of an adapter or
+    with options of training, and training before
     the training where weights are sharded."""
     for active in terms.get(FORGET, ()):
         name = f"{FORGET}/{active.name}"
@@ -42,6 +43,9 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
             raise ValueError(
                 f"{name} is an edit, which takes no step, so that no {others[0]} term can act: give {others[0]}={{}}."
             )
+        options = {"lookahead": args.lookahead, "saliency": args.saliency} if active.term.edit else {}
+        for option in (option for option, value in options.items() if value is not None):
+            raise ValueError(f"{name} is an edit, which takes no step, so that {option} cannot act: leave it out.")
         if active.term.edit and isinstance(model, PeftModel):
             raise ValueError(
                 f"{name} works on whole weights, and to negate an adapter's factors is not to negate their product: train "

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hf_clmul.evaluation import SUITES
 from hf_clmul.gradients.active import parameter_problem
-from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
+from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.objectives.active import odd_company
@@ -48,20 +48,62 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     for table, role in TERM_TABLES.items():
         _check_terms(tree, table, role, problems)
     _check_edit(tree, problems)
+    _check_lookahead(tree, problems)
+    _check_single_role(tree, problems)
     check_training(tree, problems)
+
+
+def _edits(tree: Tree) -> list[str]:
+    return [name for name in tree.section("unlearning", "forget") if name in TERMS and TERMS[name].edit]
 
 
 def _check_edit(tree: Tree, problems: Problems) -> None:
     """An edit takes no step, so that nothing can be retained by one; and it works on whole weights."""
-    for name in tree.section("unlearning", "forget"):
-        if name not in TERMS or not TERMS[name].edit:
-            continue
+    for name in _edits(tree):
+        for option in ("lookahead", "saliency"):
+            if tree.get("unlearning", option) is not None:
+                what = f"{name} is an edit, which takes no step, so that {option} cannot act"
+                problems.at(tree, ("unlearning", option), what, hint="remove it, or take another forget term")
         if tree.get("unlearning", "retain") != {}:
             what = "is an edit, which takes no step, so that no retain term can act"
             problems.at(tree, ("unlearning", "forget", name), what, hint="add `retain: {}` to `unlearning`")
         if tree.get("adapter") is not None:
             what = f"{name} works on whole weights, and to negate an adapter's factors is not to negate their product"
             problems.at(tree, ("adapter",), what, hint="remove `adapter`, or take another forget term")
+
+
+def _check_lookahead(tree: Tree, problems: Problems) -> None:
+    """Of what the trainer refuses, the part that the recipe alone tells."""
+    key: Key = ("unlearning", "lookahead")
+    if tree.get(*key) is None:
+        return
+    if _rule(tree) == "alternate":
+        what = "`conflict: alternate` steps on one role at a time, so that there is no other to look ahead to"
+        problems.at(tree, key, what, hint="remove it, or take another rule")
+    dtype, scratch = tree.get("model", "dtype"), tree.get("model", "scratch")
+    if dtype in ("bfloat16", "float16") and tree.get("adapter") is None and scratch is None:
+        what = f"moves the weights a little and back, which {dtype} weights round away"
+        hint = "remove `model.dtype` and set `training: {bf16: true}` (mixed precision), or train an `adapter`"
+        problems.at(tree, key, what, hint=hint)
+
+
+def _check_single_role(tree: Tree, problems: Problems) -> None:
+    """What works between roles has nothing to work on where nothing is retained."""
+    if tree.get("unlearning", "retain") != {}:
+        return
+    edits = _edits(tree)
+    hint = "remove it" if edits else "remove it, or give `retain` a term"
+    if _rule(tree) in CONFLICT_RULES and _rule(tree) not in UNOPPOSED:
+        problems.at(tree, RULE, "`retain: {}` leaves one role, which is in conflict with none", hint=hint)
+    if tree.get("unlearning", "lookahead") is not None and not edits:
+        what = "`retain: {}` leaves one role, with no other to look ahead to"
+        problems.at(tree, ("unlearning", "lookahead"), what, hint=hint)
+
+
+def _rule(tree: Tree) -> str | None:
+    """The conflict rule that the recipe names, with or without parameters."""
+    rule = tree.get(*RULE)
+    return rule if isinstance(rule, str) else next(map(str, tree.section(*RULE)), None)
 
 
 def _check_name(tree: Tree, key: Key, valid: Iterable[str], kind: str, problems: Problems) -> None:

@@ -10,6 +10,7 @@ from hf_clmul.data.encoding import Encoded, encode_answer
 from hf_clmul.data.roles import RoleDataset
 from hf_clmul.data.sources import encode_dataset, refusals
 from hf_clmul.models import hidden
+from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import FORGET, LEARN, ROLES
 from hf_clmul.objectives.active import ActiveTerm, active_terms, alternatives_from, contexts, layers
 
@@ -46,14 +47,26 @@ def role_terms(args: "ClmulConfig", datasets: Any) -> Terms:
     return {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
 
 
-def check_layers(model: nn.Module, terms: Terms) -> None:
-    """Raises ValueError for a term that names a layer which the model does not have."""
+def check_layers(model: nn.Module, terms: Terms, trainable: str | None = None) -> None:
+    """Raises ValueError for a term on a layer which the model does not have, or which nothing reaches that trains, and for
+    a `trainable` that matches nothing."""
+    every = [p for p in model.parameters() if p.requires_grad]
+    trained = set(every if trainable is None else matching(model, trainable))
     for role, active in terms.items():
-        for layer in layers(active):
-            try:
-                hidden.index(layer, len(hidden.blocks(model)))
-            except ValueError as error:
-                raise ValueError(f"{role}: {error}") from error
+        for term in active:
+            for layer in layers([term]):
+                depth = len(hidden.blocks(model))
+                try:
+                    number = hidden.index(layer, depth)
+                except ValueError as error:
+                    raise ValueError(f"{role}: {error}") from error
+                if number < (lowest := hidden.lowest(model, trained)):
+                    begins = f"the lowest layer that trains is {lowest}" if lowest < depth else "no layer trains"
+                    raise ValueError(
+                        f"{role}/{term.name} acts on layer {number}, and {begins}, so that no weight that trains has a part "
+                        f"in it: give the term a higher `layer`, or let layer {number} or a lower one train (an adapter's "
+                        "`layers`, `trainable`)."
+                    )
 
 
 def encoded(dataset: Any, tokenizer: Any, max_length: int | None) -> Any:

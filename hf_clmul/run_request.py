@@ -3,6 +3,7 @@ Knows the trainer and the run folder; nothing of evaluation, export or reports."
 
 import logging
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +18,13 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import Example, encode_dataset
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.suites import Measuring
-from hf_clmul.export import TASK, load_state, save_state
+from hf_clmul.export import load_state, save_state
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import Loaded, weights_sha256
-from hf_clmul.models.trainable import matching
 from hf_clmul.paths import explained_writes
 from hf_clmul.plan import Step
 from hf_clmul.recipe_schema import Learn, Recipe
+from hf_clmul.request_checks import understood
 from hf_clmul.run_folder import RunFolder, settings
 from hf_clmul.run_log import RunLog
 from hf_clmul.trainer import ClmulTrainer
@@ -68,17 +69,28 @@ def prepare(run: Run) -> None:
 
     Raises RecipeError.
     """
+    model = _stand_in(run)
     for step in run.steps:
         args = _arguments(run, step)
-        if args.trainable is not None and run.recipe.adapter is None:  # an adapter has names once it is there
-            try:
-                matching(run.model, args.trainable)
-            except ValueError as error:
-                raise RecipeError(f"request {step.name}: {error}") from error
         run.encoded[step.name] = {
             role: encode_dataset(rows, run.loaded.tokenizer, args.max_length, f"{step.name}, {role}")
             for role, rows in step.roles.items()
         }
+        try:
+            understood(args, model, run.encoded[step.name], run.loaded.tokenizer)
+        except ValueError as error:
+            raise RecipeError(f"request {step.name}: {error}") from error
+
+
+def _stand_in(run: Run) -> Any:
+    """What the requests train: the model, or its like with the adapter, without weights. The model itself is measured first
+    and gets its adapter when the task is learned."""
+    if run.recipe.adapter is None:
+        return run.model
+    task = next(request.task for request in run.recipe.requests if isinstance(request, Learn))
+    with torch.device("meta"):
+        model = type(run.model)(deepcopy(run.model.config))
+    return adapters.attach_task(model, run.recipe.adapter, task, 0)
 
 
 def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
@@ -88,7 +100,9 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     replaces it. Raises RunError if training collapses, RecipeError for settings that the trainer cannot honour.
     """
     if isinstance(step.request, Learn) and run.recipe.adapter is not None:
-        _attach(run, step.request.task)
+        task, revision = step.request.task, run.loaded.options["revision"]
+        seed = derived_seed(run.recipe.seed, task, "adapter")
+        run.model = adapters.attach_task(run.model, run.recipe.adapter, task, seed, revision)
     trained = run.folder.trained(step)
     later = run.steps[step.index + 1 :]
     if trained is None and run.folder.result(step) is not None and not any(map(run.folder.trained, later)):
@@ -105,15 +119,6 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
             save_state(run.model, run.folder.state(step), trained)
         run.state.wait_for_everyone()
     return trained
-
-
-def _attach(run: Run, task: str) -> None:
-    chosen = run.recipe.adapter
-    config = adapters.lora_config(
-        run.model, chosen.r, chosen.alpha, chosen.dropout, chosen.target_modules, chosen.layers
-    )
-    config.revision = run.loaded.options["revision"]  # of the base: those who load the adapter need the same
-    run.model = adapters.attach(run.model, config, TASK + task, derived_seed(run.recipe.seed, task, "adapter"))
 
 
 def _train(run: Run, step: Step) -> dict[str, Any]:

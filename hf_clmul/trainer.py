@@ -17,21 +17,20 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
 
 from hf_clmul.data.collation import RoleCollator
-from hf_clmul.data.roles import EpochSampler, derived_seed
+from hf_clmul.data.roles import EpochSampler
 from hf_clmul.errors import RunError
-from hf_clmul.gradients.active import active_rule
-from hf_clmul.gradients.options import Lookahead, Saliency, options
+from hf_clmul.gradients.options import Saliency, options
 from hf_clmul.gradients.resolve import Change, resolve
 from hf_clmul.gradients.window import GradientWindow
 from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
-from hf_clmul.models.trainable import matching, only_trainable
+from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
 from hf_clmul.objectives.prediction import Prediction
-from hf_clmul.preparation import check_preparations, edit, prepare
-from hf_clmul.refusals import refuse
-from hf_clmul.role_data import check_layers, encoded, encoded_roles, pad_token_id, role_terms
+from hf_clmul.preparation import edit, prepare
+from hf_clmul.request_checks import understood
+from hf_clmul.role_data import encoded
 from hf_clmul.salient import SalientPart
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
@@ -88,15 +87,11 @@ class ClmulTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
-        self.terms = role_terms(args, train_dataset)
-        # One role has nothing to be in conflict with.
-        self.rule = active_rule((conflict_rule or args.conflict) if len(self.terms) > 1 else "sum")
-        several = len(self.terms) > 1
-        self.lookahead = options(Lookahead, "lookahead", args.lookahead) if several else None
         given = {**kwargs, "data_collator": data_collator}
-        refuse(args, model, peft_config, self.rule, self.lookahead, list(self.terms), given)
-        if peft_config is not None:
-            model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
+        asked = understood(args, model, train_dataset, processing_class, conflict_rule, peft_config, given)
+        model, self.terms, self.rule, self.lookahead = asked.model, asked.terms, asked.rule, asked.lookahead
+        if args.lookahead is not None and self.lookahead is None:
+            log.warning("train_dataset has one role, with no other to look ahead to: lookahead is left out")
         if args.activation_checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
         self.teacher: BeforeRequest | None = None
@@ -108,13 +103,8 @@ class ClmulTrainer(Trainer):
         self._pending: list[Batch] = []
         self._sampler: EpochSampler | None = None
         self._accepted = causal_lm.accepted_inputs(model)
-        check_layers(model, self.terms)
-        if args.trainable is not None:
-            matching(model, args.trainable)  # to refuse it now
-        check_preparations(args, model, self.terms)
         super().__init__(
-            model, args, RoleCollator(pad_token_id(processing_class)),
-            encoded_roles(train_dataset, self.terms, args, processing_class),
+            model, args, RoleCollator(asked.pad_token_id), asked.data,
             encoded(eval_dataset, processing_class, args.max_length), processing_class,
             **{**kwargs, "callbacks": [AfterStep(self._after_step, self._next_weights), *(kwargs.get("callbacks") or [])]},
         )  # fmt: skip

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clmul import export as exporting
 from hf_clmul.errors import RunError
-from hf_clmul.export import TASK, export, export_kind, load_state, save_state, task_of
+from hf_clmul.export import export, export_kind, load_state, save_state, task_of
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import Loaded
 from hf_clmul.run_folder import RunFolder
@@ -31,7 +31,7 @@ def adapted(base: Path, dtype: torch.dtype = torch.float32, attention: str = "sd
     options = {"revision": None, "trust_remote_code": False, "attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
     config = adapters.lora_config(model, 4, 16, 0.1, "all-linear", "last-1")
-    model = adapters.attach(model, config, TASK + "people", 0)
+    model = adapters.attach(model, config, adapters.TASK + "people", 0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

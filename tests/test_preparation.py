@@ -203,6 +203,9 @@ def test_what_cannot_go_with_an_edit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="forget/task_vector is an edit, .* no retain term can act: give retain={}"):
         edited(tmp_path, two_roles())
     assert edited(tmp_path, two_roles(), retain={}).terms.keys() == {"forget"}
+    for option, value in (("lookahead", {}), ("saliency", {"train": 0.5})):
+        with pytest.raises(ValueError, match=f"forget/task_vector is an edit, .* {option} cannot act: leave it out"):
+            edited(tmp_path, two_roles(), retain={}, **{option: value})
     with pytest.raises(ValueError, match="works on whole weights, .* train all weights, or take another forget term"):
         edited(tmp_path, peft_config=LORA)
     with pytest.raises(ValueError, match="forget: task_vector is an edit, .* stands alone"):
@@ -219,7 +222,7 @@ def test_what_cannot_go_with_an_edit_is_refused(tmp_path):
      ("whp", {"deepspeed": {}}, "DeepSpeed keeps it in parts"), ("altpo", {"deepspeed": {}}, "DeepSpeed keeps it in parts")],
 )  # fmt: skip
 def test_what_sharded_weights_cannot_do_is_refused(name, args, why):
-    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, **args})
+    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, "lookahead": None, "saliency": None, **args})
     with pytest.raises(ValueError, match=f"forget/{name} .*{why}.*: use DDP"):
         check_preparations(args, llama(), {"forget": active_terms("forget", name)})
     check_preparations(args, llama(), {"forget": active_terms("forget", "npo")})

@@ -129,3 +129,47 @@ def test_python_users_read_the_same_words(tmp_path):
                 ClmulConfig(str(tmp_path), use_cpu=True, **{name: given})
     assert options(Lookahead, "lookahead", None) is None
     assert options(Lookahead, "lookahead", Lookahead(alpha=0.5)) == Lookahead(alpha=0.5)
+
+
+MODEL = "model: {path: some/model}"
+TURNS = ("lookahead: `conflict: alternate` steps on one role at a time, so that there is no other to look ahead to; "
+         "remove it, or take another rule")  # fmt: skip
+HALF = ("lookahead: moves the weights a little and back, which float16 weights round away; remove `model.dtype` and set "
+        "`training: {bf16: true}` (mixed precision), or train an `adapter`")  # fmt: skip
+ALONE = "lookahead: `retain: {}` leaves one role, with no other to look ahead to; remove it, or give `retain` a term"
+UNOPPOSED = "conflict: `retain: {}` leaves one role, which is in conflict with none; remove it, or give `retain` a term"
+ODDS = {
+    "  lookahead: {}\n  conflict: alternate\n": [TURNS],
+    "  lookahead: {}\n  conflict: {alternate: {forget_epochs: 2.0}}\n": [TURNS],
+    "  lookahead: {}\n  retain: {}\n": [ALONE],
+    "  conflict: mgda\n  retain: {}\n": [UNOPPOSED],
+    "  conflict: {agem: {margin: 0.1}}\n  retain: {}\n": [UNOPPOSED],
+}
+
+
+@pytest.mark.parametrize("words", ODDS)
+def test_options_that_could_not_act(words):
+    assert problems(with_words(words)) == [f"r.yaml:14: unlearning.{line}" for line in ODDS[words]]
+
+
+def test_half_precision_has_no_room_for_a_look_ahead():
+    text = with_words("  lookahead: {}\n").replace(MODEL, MODEL.replace("}", ", dtype: float16}"))
+    assert problems(text) == [f"r.yaml:14: unlearning.{HALF}"]
+    with_adapter = text.replace("data:\n", "adapter: {r: 4}\ndata:\n", 1)
+    assert load_recipe(write(with_adapter)).unlearning.lookahead == Lookahead()
+
+
+@pytest.mark.parametrize("words", ["lookahead: {}", "saliency: {train: 0.5}", "conflict: mgda"])
+def test_an_edit_takes_no_options_of_training(words):
+    option, _, _ = words.partition(":")
+    text = with_words(f"  {words}\n  retain: {{}}\n").replace("npo: {beta: 0.2}", "task_vector: {}")
+    what = {"conflict": "`retain: {}` leaves one role, which is in conflict with none; remove it"}.get(
+        option,
+        f"task_vector is an edit, which takes no step, so that {option} cannot act; remove it, or take another forget term",
+    )
+    assert problems(text) == [f"r.yaml:14: unlearning.{option}: {what}"]
+
+
+@pytest.mark.parametrize("rule", ["sum", "pcgrad_retain_first"])
+def test_forgetting_alone_may_say_what_happens_anyway(rule):
+    assert load_recipe(write(with_words(f"  retain: {{}}\n  conflict: {rule}\n"))).unlearning.conflict == rule

@@ -186,6 +186,28 @@ def test_terms_and_data_must_agree(tmp_path):
     assert list(make(llama(), two_roles(), tmp_path, retain={}).terms) == ["forget"]
 
 
+def flat(gram):
+    return [1.0] * len(gram)
+
+
+def test_what_works_between_roles_is_refused_where_nothing_is_to_be_retained(tmp_path, caplog):
+    for option, value in (
+        ("conflict", "cagrad"),
+        ("conflict", {"agem": {"margin": 0.1}}),
+        ("lookahead", {}),
+        ("conflict_rule", flat),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"retain=\{{\}} leaves one role, .*: leave {option} out, or give a retain term"
+        ):
+            make(llama(), two_roles(), tmp_path, retain={}, **{option: value})
+    for rule in ("sum", "pcgrad_retain_first"):
+        make(llama(), two_roles(), tmp_path, retain={}, conflict=rule)
+    assert not caplog.messages
+    make(llama(), {"forget": examples(2, 0)}, tmp_path, conflict="cagrad", lookahead={})  # for lack of data only
+    assert caplog.messages == ["train_dataset has one role, with no other to look ahead to: lookahead is left out"]
+
+
 def test_columns_and_supervision(tmp_path):
     with pytest.raises(RecipeError, match="forget: no usable columns.*Found: body"):
         make(llama(), {"forget": [{"body": "x"}]}, tmp_path)

@@ -5,7 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from trainer_bed import Gradients, Nudge, distance, examples, lines, llama, make, nudged, two_roles, windows
+from tiny import tiny_gpt2
+from trainer_bed import (
+    TOKENIZER,
+    Gradients,
+    Nudge,
+    adapted,
+    distance,
+    examples,
+    lines,
+    llama,
+    make,
+    nudged,
+    two_roles,
+    windows,
+)
 
 from hf_clmul.models import causal_lm
 from hf_clmul.models.teachers import uniform
@@ -165,3 +179,35 @@ def test_contexts_keep_to_max_length(tmp_path):
     drawn = [row["forget"] for row in windows(trainer, 8)[0]]
     assert {len(shown["input_ids"]) for row in drawn for shown in row["contexts"].values()} == {16}
     assert max(len(row["input_ids"]) for row in drawn) < 16
+
+
+RMU, MSE = {"forget": {"rmu": {"layer": 0}}}, {"forget": {"npo": {}}, "retain": {"nll": {}, "hidden_mse": {"layer": 0}}}
+LAST = {"layers_to_transform": [1], "target_modules": ["q_proj"]}
+UNREACHED = {
+    "an adapter above": (lambda: adapted(**LAST), {}, "the lowest layer that trains is 1"),
+    "trainable above": (lambda: llama(), {"trainable": r".*layers\.1\..*"}, "the lowest layer that trains is 1"),
+    "the final norm": (lambda: llama(), {"trainable": r"model\.norm\.weight"}, "no layer trains"),
+}
+REACHED = {
+    "the layer itself": (lambda: llama(), r".*layers\.[01]\.mlp.*"),
+    "embeddings": (lambda: llama(), r".*embed_tokens.*"),
+    "tied embeddings": (lambda: tiny_gpt2(len(TOKENIZER)), r".*wte.*"),
+    "positions": (lambda: tiny_gpt2(len(TOKENIZER)), r".*wpe.*"),
+}
+
+
+@pytest.mark.parametrize("terms", [RMU, MSE], ids=["rmu", "hidden_mse beside nll"])
+@pytest.mark.parametrize("case", UNREACHED)
+def test_a_layer_below_all_that_trains_is_refused_before_training(tmp_path, case, terms):
+    build, options, why = UNREACHED[case]
+    role = "forget/rmu" if terms is RMU else "retain/hidden_mse"
+    with pytest.raises(ValueError, match=f"{role} acts on layer 0, and {why}, .* give the term a higher `layer`"):
+        make(build(), two_roles(), tmp_path, **terms, **options)
+
+
+@pytest.mark.parametrize("case", REACHED)
+def test_a_layer_with_something_that_trains_at_or_below_it_has_a_gradient(tmp_path, case):
+    build, pattern = REACHED[case]
+    trainer = make(build(), two_roles(), tmp_path, trainable=pattern, conflict="sum", retain={}, **RMU)
+    trainer.train()
+    assert lines(trainer)[0]["grad_norm"] > 0

@@ -15,6 +15,8 @@ from hf_clmul.gradients.projection import agem, blur, pcgrad, pcgrad_retain_firs
 from hf_clmul.gradients.schedule import alternate, pdu
 
 DEFAULT_RULE = "pcgrad_retain_first"
+UNOPPOSED = (DEFAULT_RULE, "sum")
+"""What may stand where a single role acts, whose gradient is simply taken: the default, and what happens."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -17,6 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.paths import atomic_write
 
+if TYPE_CHECKING:
+    from hf_clmul.recipe_schema import Adapter
+
+TASK = "task_"
+"""Before the name of a task's adapter in memory: PEFT takes none that is called `train`, `type` or `values`."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEEPS_BASE = (True, False, "gaussian", "eva")
 """Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, ...) move part of them into the
@@ -48,6 +54,16 @@ def attach(model: PreTrainedModel | PeftModel, config: LoraConfig, name: str, se
             raise RunError(f"the adapter does not fit the model: {error}") from error
         model.set_adapter(name)
         return model
+
+
+def attach_task(
+    model: PreTrainedModel, chosen: "Adapter", task: str, seed: int, revision: str | None = None
+) -> PeftModel:
+    """Adds the adapter of a task, by the name that it has in every run. `revision` is the base's. Raises as `attach` and
+    `lora_config`."""
+    config = lora_config(model, chosen.r, chosen.alpha, chosen.dropout, chosen.target_modules, chosen.layers)
+    config.revision = revision  # those who load the adapter need the same
+    return attach(model, config, TASK + task, seed)
 
 
 def lora_config(

@@ -36,6 +36,22 @@ def index(layer: float, depth: int) -> int:
     return number
 
 
+def lowest(model: nn.Module, parameters: Collection[nn.Parameter]) -> int:
+    """The lowest layer that one of the parameters belongs to: -1 for what comes before the layers, such as embeddings, and
+    the depth for what comes behind them, such as the final norm."""
+    layers = blocks(model)
+    place = {p: number for number, layer in enumerate(layers) for p in layer.parameters()}
+    found, place_outside = [], -1
+    for (
+        p
+    ) in model.parameters():  # modules stand in the order in which they are called; tied weights where they come first
+        if p in place:
+            place_outside = len(layers)
+        if p in parameters:
+            found.append(place.get(p, place_outside))
+    return min(found)
+
+
 def recorded(
     model: nn.Module, layers: Collection[float], forward: Callable[[], Any], stop: bool, instead: bool = False
 ) -> tuple[Any, dict[float, Tensor]]:
