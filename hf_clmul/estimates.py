@@ -72,8 +72,8 @@ def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
 
 
 def _copies(recipe: Recipe, step: Step) -> int:
-    """Of what trains, in a step: gradient, two AdamW moments, a snapshot for each further role, the state of the conflict
-    rule, what a look ahead puts back, and what measuring the change keeps."""
+    """Of what trains, in a step: gradient, two AdamW moments, a snapshot for each further role, the state of the
+    conflict rule, what a look ahead puts back, and what measuring the change keeps."""
     rule = CONFLICT_RULES[rule_name(recipe.unlearning.conflict)]
     roles, ahead = len(step.roles), recipe.unlearning.lookahead is not None
     compares = roles > 1 and (ahead or bool(rule.needs & {"gram", "gradients"}))
