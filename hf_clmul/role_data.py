@@ -97,8 +97,9 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
         if texts
     }
     return RoleDataset(
-        roles, next(iter(terms)), seed, answers, refused, own, before, tokenizer.bos_token_id if before else None
-    )
+        roles, next(iter(terms)), seed, answers, refused, own, before, tokenizer.bos_token_id if before else None,
+        args.max_length,
+    )  # fmt: skip
 
 
 def _column(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> list[list[list[int]]]:

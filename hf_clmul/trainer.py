@@ -286,7 +286,6 @@ class ClmulTrainer(Trainer):
                 "then call train(resume_from_checkpoint=...)."
             )
         if self.train_dataset is not None:
-            self.train_dataset.max_length = self.args.max_length
             self._tell_repeats()
         model = self.accelerator.unwrap_model(self.model)
         self._window = self._change = None

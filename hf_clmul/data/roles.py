@@ -28,7 +28,7 @@ class RoleDataset(Dataset):
     `own_alternatives` has, for other roles, answers that belong to each example: in pass p over the role it gets number p
     of a permutation of its own, begun anew after all were used. `contexts` has, by role, texts (token ids, by name) in
     which its examples are shown once more; they go before the prompt, but behind the token `first_token`, and are cut
-    where the whole would be longer than `max_length`, which can also be set later.
+    where the whole would be longer than `max_length`.
     """
 
     def __init__(
