@@ -17,6 +17,11 @@ Citation = tuple[str, str, str]
 
 _TEMPLATE = "model_card.md.j2"
 _LORA = ("LoRA", "low-rank adapters", "arXiv 2106.09685")
+_LUR = ("LUR", "the gradient of one role taken where a step on another leads", "arXiv 2503.06339")
+_SALIENCY = {
+    "train": ("SalUn", "trains only the weights that matter most for the forget data", "arXiv 2310.12508"),
+    "trim": ("SNIP", "the score by which weights were drawn anew", "arXiv 1810.02340"),
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -73,6 +78,10 @@ def citations(recipe: Mapping[str, Any]) -> list[Citation]:
     used: list[Citation] = [_LORA] if recipe["adapter"] is not None else []
     used += [(name, TERMS[name].summary, TERMS[name].paper) for name in dict.fromkeys(terms)]
     used += [(name, CONFLICT_RULES[name].summary, CONFLICT_RULES[name].paper) for name in rules]
+    if "unlearn" in kinds and unlearning.get("lookahead") is not None:
+        used.append(_LUR)
+    saliency = (unlearning.get("saliency") or {}) if "unlearn" in kinds else {}
+    used += [citation for option, citation in _SALIENCY.items() if saliency.get(option) is not None]
     return [(name, what, _linked(paper)) for name, what, paper in used if paper != "-"]
 
 

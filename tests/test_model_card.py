@@ -118,6 +118,11 @@ def test_papers_are_those_of_the_methods_used():
     other = RECIPE.replace("pcgrad_retain_first", "pcgrad").replace("    npo:\n      beta: 0.1", "    grad_ascent: {}")
     assert "2001.06782" in card(recipe=other)
     assert "2404.05868" not in card(recipe=other)
+    rule = "  conflict: pcgrad_retain_first\n"
+    assert rule in RECIPE
+    words = rule + "  lookahead: {alpha: 0.1}\n  saliency: {train: 0.5}\n"
+    ahead = section(card(recipe=RECIPE.replace(rule, words)), "Papers")
+    assert "- LUR: " in ahead and "2503.06339" in ahead and "- SalUn: " in ahead and "SNIP" not in ahead
 
 
 def test_a_run_that_learned_cites_no_unlearning():
