@@ -188,7 +188,8 @@ class ClmulTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         weights = dict(zip(self.terms, self.rule.weights([[]] * len(self.terms)), strict=True))
         active = [role for role, weight in weights.items() if weight]
-        for role in weights.keys() - active if "losses" in self.rule.needs else ():
+        idle = [role for role, weight in weights.items() if not weight]
+        for role in idle if "losses" in self.rule.needs else ():
             with torch.no_grad():  # a weight of zero has to find its way back
                 total += self.role_loss(model, role, batch[role], counts[role])
         for i, role in enumerate(active):
