@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 
 def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str, list[ActiveTerm]]) -> None:
-    """Raises ValueError for what cannot be prepared: an edit beside other roles' terms, of an adapter or
-    with options of training, and training before
-    the training where weights are sharded."""
+    """Raises ValueError for what cannot be prepared: an edit beside other roles' terms, of an adapter or with options
+    of training; and training before the training where weights are sharded."""
     for active in terms.get(FORGET, ()):
         name = f"{FORGET}/{active.name}"
         others = [role for role in terms if role != FORGET]

@@ -6,15 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from hf_clmul.evaluation import SUITES
-from hf_clmul.gradients.active import parameter_problem
 from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.objectives.active import odd_company
-from hf_clmul.recipe_problems import Key, Problems, dotted, explained, one_of, shown, suggestion
+from hf_clmul.recipe_problems import Key, Problems, dotted, one_of, shown, suggestion, value_problem
 from hf_clmul.recipe_schema import Weight
 from hf_clmul.recipe_training import check_training, requests
 from hf_clmul.recipe_yaml import Tree
@@ -132,7 +129,7 @@ def _check_rule(tree: Tree, problems: Problems) -> None:
                 expected = one_of(known) if known else "none"
                 hint = suggestion(parameter, known)
                 problems.at(tree, key, "unknown parameter", expected, f"'{parameter}'", hint)
-            elif problem := parameter_problem(name, parameter, value):
+            elif problem := value_problem(known[parameter][0], value):
                 problems.at(tree, key, **problem)
 
 
@@ -253,8 +250,5 @@ def _check_parameters(tree: Tree, key: Key, term: str, given: dict[str, Any], pr
             hint = suggestion(name, types)
             problems.at(tree, (*key, name), "unknown parameter", one_of(types), f"'{name}'", hint)
             continue
-        try:
-            config = ConfigDict(strict=True, allow_inf_nan=False)
-            TypeAdapter(types[name], config=config).validate_python(value)
-        except ValidationError as error:
-            problems.at(tree, (*key, name), **explained(error.errors()[0]))
+        if problem := value_problem(types[name], value):
+            problems.at(tree, (*key, name), **problem)

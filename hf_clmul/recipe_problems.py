@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from hf_clmul.errors import RecipeError
 
 Key = tuple[str | int, ...]
@@ -155,6 +157,15 @@ _EXPECTED = {
     "union_tag_invalid": "one of `learn: {{...}}` and `unlearn: {{...}}`",
     "expected": "{words}",
 }
+
+
+def value_problem(annotation: Any, value: object) -> dict[str, str]:
+    """What was expected and found where a value does not fit its annotation, nothing converted; empty where it does."""
+    try:
+        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        return explained(error.errors()[0])
+    return {}
 
 
 def explained(error: Mapping[str, Any]) -> dict[str, str]:

@@ -7,13 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
 from hf_clmul.errors import RunError
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name, rule_parameters
 from hf_clmul.gradients.schedule import Progress
 from hf_clmul.paths import atomic_write
-from hf_clmul.recipe_problems import did_you_mean, explained
+from hf_clmul.recipe_problems import did_you_mean, value_problem
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -115,17 +113,7 @@ def active_rule(wanted: str | Mapping[str, Any] | Weigh) -> ActiveRule:
             raise ValueError(
                 f"conflict {name}: unknown parameter {parameter!r}; {there}.{did_you_mean(parameter, known)}"
             )
-        if problem := parameter_problem(name, parameter, value):
+        if problem := value_problem(known[parameter][0], value):
             raise ValueError(f"conflict {name}: {parameter}: expected {problem['expected']}, found {problem['found']}.")
     rule = CONFLICT_RULES[name]
     return ActiveRule(name, partial(rule.function, **parameters) if rule.function is not None else None, rule.needs)
-
-
-def parameter_problem(rule: str, parameter: str, value: Any) -> dict[str, str]:
-    """What was expected and found where a value does not fit its parameter; empty where it does."""
-    try:
-        config = ConfigDict(strict=True, allow_inf_nan=False)
-        TypeAdapter(rule_parameters(rule)[parameter][0], config=config).validate_python(value)
-    except ValidationError as error:
-        return explained(error.errors()[0])
-    return {}

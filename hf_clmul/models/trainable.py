@@ -18,9 +18,8 @@ def only_trainable(model: nn.Module, pattern: str | None) -> Iterator[None]:
     if pattern is None:
         yield
         return
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    chosen = {id(p) for p in matching(model, pattern)}
-    frozen = [p for p in frozen if id(p) not in chosen]
+    chosen = set(matching(model, pattern))
+    frozen = [p for p in model.parameters() if p.requires_grad and p not in chosen]
     for p in frozen:
         p.requires_grad_(False)
         p.grad = None

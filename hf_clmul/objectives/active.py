@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords, term_parameters
 from hf_clmul.objectives.counts import COUNTS
-from hf_clmul.recipe_problems import did_you_mean, explained
+from hf_clmul.recipe_problems import did_you_mean, value_problem
 
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 OUTPUTS = frozenset({"logps", "logits", "targets", "hidden"})
 """What a family predicts. Other needs say of whom and of what: a teacher, a second answer."""
 DEFAULT_TERMS = {"learn": "nll", "forget": "npo", "retain": "kl", "memory": "nll"}
@@ -79,12 +77,8 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
     for parameter, value in parameters.items():
         if parameter not in known:
             raise ValueError(f"{role}/{name}: unknown parameter {parameter!r}; there are {', '.join(known)}.")
-        try:
-            TypeAdapter(known[parameter][0], config=STRICT).validate_python(value)
-        except ValidationError as error:
-            why = explained(error.errors()[0])
-            text = f"expected {why['expected']}; found {why['found']}."
-            raise ValueError(f"{role}/{name}: {parameter}: {text}") from None
+        if why := value_problem(known[parameter][0], value):
+            raise ValueError(f"{role}/{name}: {parameter}: expected {why['expected']}; found {why['found']}.")
     filled = {parameter: default for parameter, (_, default) in known.items()} | parameters
     weight = float(filled.pop("weight", 1.0))
     made_before = TERMS[name].preparation
