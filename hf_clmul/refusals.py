@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import ActiveRule
 from hf_clmul.gradients.options import Lookahead
 from hf_clmul.models import adapters
@@ -120,19 +121,15 @@ def _of_model(model: Any, peft_config: Any) -> list[str]:
         ]
     if not isinstance(model, PeftModel):
         return []
-    active = model.active_adapters
-    if len(active) != 1:
+    try:
+        name = adapters.trained(model)
+    except RunError as error:
+        return [str(error)]
+    if not isinstance(model.peft_config[name], LoraConfig):
+        return [f"adapter {name!r} is a {model.peft_config[name].peft_type.value}: only LoRA adapters can be trained."]
+    if not adapters.trains_alone(model, name):
         return [
-            f"{len(active)} adapters are active ({', '.join(active)}), so that it is unclear which one to train and save: "
-            "activate one with model.set_adapter(NAME), or merge the others into the base."
-        ]
-    if not isinstance(model.peft_config[active[0]], LoraConfig):
-        return [
-            f"adapter {active[0]!r} is a {model.peft_config[active[0]].peft_type.value}: only LoRA adapters can be trained."
-        ]
-    if not adapters.trains_alone(model, active[0]):
-        return [
-            f"parameters outside adapter {active[0]!r} are trainable, but only the adapter is saved: freeze them, or train "
+            f"parameters outside adapter {name!r} are trainable, but only the adapter is saved: freeze them, or train "
             "a model without adapters."
         ]
     return []

@@ -394,7 +394,7 @@ class ClmulTrainer(Trainer):
         if not self.args.should_save:  # called on every rank
             return
         folder = Path(output_dir or self.args.output_dir)
-        adapters.save(model, model.active_adapter, folder)
+        adapters.save(model, adapters.trained(model), folder)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
@@ -406,7 +406,7 @@ class ClmulTrainer(Trainer):
             raise RunError(
                 f"{resume_from_checkpoint} holds no {adapters.WEIGHTS}: it is not a checkpoint of this trainer."
             )
-        adapters.load(target, target.active_adapter, Path(resume_from_checkpoint))
+        adapters.load(target, adapters.trained(target), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):

@@ -40,13 +40,14 @@ class BeforeRequest:
         self.is_adapter_copy = False
         self.kept: list[tuple[nn.Parameter, Tensor]] = []
         self._sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        if not isinstance(model, PeftModel) or not adapters.trains_alone(model, model.active_adapter):
+        self.trained = adapters.trained(model) if isinstance(model, PeftModel) else None
+        if self.trained is None or not adapters.trains_alone(model, self.trained):
             if all(p.requires_grad for p in model.parameters()) and not self._sharded:
                 self.copy = deepcopy(model).eval().requires_grad_(False)
             else:
                 self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-        elif not adapters.is_identity(model, model.active_adapter):
-            adapters.copy_frozen(model, model.active_adapter, self.name)
+        elif not adapters.is_identity(model, self.trained):
+            adapters.copy_frozen(model, self.trained, self.name)
             self.is_adapter_copy = True
 
     @contextmanager
@@ -61,11 +62,10 @@ class BeforeRequest:
             if self.kept:
                 with self._exchanged():
                     yield self.model
-            elif self.is_adapter_copy:
-                self.model.set_adapter(self.name)
-                yield self.model
-            else:
-                with self.model.disable_adapter():
+            else:  # of a stack, only the adapter that trains changes places or is left out
+                instead = [self.name] if self.is_adapter_copy else []
+                stack = [[name] if name != self.trained else instead for name in adapters.active(self.model)]
+                with adapters.serving(self.model, sum(stack, [])):
                     yield self.model
 
     @contextmanager
