@@ -18,6 +18,7 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import Example
 from hf_clmul.evaluation.suites import Measuring, fixed_sample, measure, summary
 from hf_clmul.export import export, export_kind
+from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.hub import push
 from hf_clmul.model_card import model_card
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
@@ -27,7 +28,7 @@ from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe
 from hf_clmul.report import write_report
 from hf_clmul.results import record, reference_of, shared
-from hf_clmul.run_folder import COMPLETE, RunFolder, digest, file_hashes, recipe_sha256
+from hf_clmul.run_folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run_log import quiet_libraries
 from hf_clmul.run_request import Run, carry_out, on_main_first, prepare
 from hf_clmul.training_args import ClmulConfig
