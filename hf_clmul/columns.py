@@ -2,7 +2,8 @@
 each task and each part that is forgotten. Knows the plan; nothing of models or metrics."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from hf_clmul.data.roles import derived_seed
@@ -42,7 +43,22 @@ class Evaluated:
 
     def plain(self) -> list[Any]:
         """What a digest of it is made from."""
-        return [self.rows, self.groups]
+        return [self.rows, self.groups, {column.name: self.texts(column) for column in self.columns}]
+
+    def group(self, text: str) -> str:
+        """The first group that the example is in, or "tasks": one that was forgotten and learned again is in none."""
+        return next((name for name, texts in self._sets.items() if text in texts), "tasks")
+
+    def key(self, text: str) -> str:
+        """What an example is known by in the files of a stage; they hold no text to compare with once it is blanked."""
+        return f"{self.task_of.get(text) or self.group(text)}/{self.rows[text]['id']}"
+
+    def texts(self, column: Column) -> list[str]:
+        return [content(row) for row in column.rows]
+
+    @cached_property
+    def _sets(self) -> dict[str, set[str]]:
+        return {name: set(texts) for name, texts in self.groups.items()}
 
 
 def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Example]]) -> Evaluated:
@@ -50,9 +66,7 @@ def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Ex
     size = recipe.evaluation.max_examples
     kept = {content(row) for row in whole.get("retain", [])}
     cut = [
-        column
-        if column.forgotten
-        else Column(**{**vars(column), "rows": fixed_sample(column.rows, size, derived_seed("retain"))})
+        column if column.forgotten else replace(column, rows=fixed_sample(column.rows, size, derived_seed("retain")))
         for column in columns(steps)
     ]
     held_out = fixed_sample(whole.get("held_out", []), size, derived_seed("held_out"))
@@ -100,7 +114,7 @@ def columns(steps: Sequence[Step]) -> list[Column]:
 
 def _named(part: Column, taken: set[str]) -> Column:
     """A part that has a task's name is told apart."""
-    return Column(**{**vars(part), "name": f"unlearn-{part.name}"}) if part.name in taken else part
+    return replace(part, name=f"unlearn-{part.name}") if part.name in taken else part
 
 
 def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:

@@ -19,7 +19,7 @@ from hf_clmul.models.loading import Loaded
 from hf_clmul.paths import atomic_folder
 from hf_clmul.run_folder import TRAINED, RunFolder
 
-# Merging rounds W + BA once to the dtype of W, and one product in place of several sums in another order: logits differ by a few of its steps; everything else is bit-equal.
+# A merge rounds W + BA once, and a combination sums in another order: logits differ by a few roundings. All else is bit-equal.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 COMBINED = "combined"
 REPORT = "Please report this, with the output of `hf-clmul env`."
@@ -58,7 +58,9 @@ class Wanted:
     @property
     def kind(self) -> str:
         """What `model/` will be: a "full" model, an "adapter", several "combined" into one, or "merged" into the base."""
-        return "full" if not self.parts else "merged" if self.merge else "adapter" if len(self.parts) == 1 else "combined"
+        return (
+            "full" if not self.parts else "merged" if self.merge else "adapter" if len(self.parts) == 1 else "combined"
+        )
 
 
 def export(
@@ -69,25 +71,27 @@ def export(
     Returns {"kind", "max_difference" (of logits), "tolerance"} of `model/`. Raises RunError if what was loaded back differs;
     the folder stays as it was then. Adapters of tasks that are no longer there are deleted.
     """
-    kind, tolerance = wanted.kind, 0.0 if wanted.kind in ("adapter", "full") else TOLERANCE[next(model.parameters()).dtype]
+    kind, tolerance = (
+        wanted.kind,
+        0.0 if wanted.kind in ("adapter", "full") else TOLERANCE[next(model.parameters()).dtype],
+    )
     live = _logits(model, wanted.parts, probe)
-    with _as_one(model, wanted.parts) as one:
-        with atomic_folder(folder.model) as aside:
-            if wanted.merge:
-                adapters.save(model, one, aside, loaded.base)
-                whole = _load_back(loaded, aside, model, "adapter").merge_and_unload()
-                for name in (adapters.WEIGHTS, adapters.CONFIG):
-                    (aside / name).unlink()
-                whole.save_pretrained(aside)
-            elif kind == "full":
-                model.save_pretrained(aside)
-            else:
-                adapters.save(model, one, aside, loaded.base)
-            loaded.tokenizer.save_pretrained(aside)
-            (aside / "README.md").write_text(card, "utf-8")
-            back = _load_back(loaded, aside, model, "full" if kind in ("full", "merged") else "adapter")
-            difference = _check(back, live, probe, tolerance, folder.model)
-            del back
+    with _as_one(model, wanted.parts) as one, atomic_folder(folder.model) as aside:
+        if wanted.merge:
+            adapters.save(model, one, aside, loaded.base)
+            whole = _load_back(loaded, aside, model, "adapter").merge_and_unload()
+            for name in (adapters.WEIGHTS, adapters.CONFIG):
+                (aside / name).unlink()
+            whole.save_pretrained(aside)
+        elif kind == "full":
+            model.save_pretrained(aside)
+        else:
+            adapters.save(model, one, aside, loaded.base)
+        loaded.tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card, "utf-8")
+        back = _load_back(loaded, aside, model, "full" if kind in ("full", "merged") else "adapter")
+        difference = _check(back, live, probe, tolerance, folder.model)
+        del back
     for task, parts in wanted.each.items():
         _export_task(loaded, model, folder, task, parts, probe, same=not wanted.merge and parts == wanted.parts)
     for place in folder.adapters.glob("*") if folder.adapters.is_dir() else ():
@@ -109,7 +113,9 @@ def _export_task(
         with _as_one(model, parts) as one:
             adapters.save(model, one, aside, loaded.base)
         tolerance = 0.0 if len(parts) == 1 else TOLERANCE[next(model.parameters()).dtype]
-        _check(_load_back(loaded, aside, model, "adapter"), _logits(model, parts, probe), probe, tolerance, folder.adapters)
+        _check(
+            _load_back(loaded, aside, model, "adapter"), _logits(model, parts, probe), probe, tolerance, folder.adapters
+        )
 
 
 @contextmanager

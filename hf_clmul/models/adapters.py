@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.hashes import tensors_sha256
 from hf_clmul.paths import atomic_write
 
 if TYPE_CHECKING:
@@ -250,6 +251,17 @@ def save(model: PeftModel, name: str, folder: Path, base: str | None = None) -> 
         config["base_model_name_or_path"] = base
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     atomic_write(folder / CONFIG, json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def sha256(model: PeftModel, name: str) -> str:
+    """Hash over the names, shapes, types and bytes of an adapter's weights."""
+    return tensors_sha256(_state(model, name))
+
+
+def base_sha256(model: PeftModel) -> str:
+    """`weights_sha256` of the model below the adapters, as it would be without them."""
+    inner = model.get_base_model().state_dict()
+    return tensors_sha256({k.replace(".base_layer.", "."): v for k, v in inner.items() if ".lora_" not in k})
 
 
 def load(model: PeftModel, name: str, folder: Path) -> None:
