@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 
 from hf_clmul import ledger
 from hf_clmul.columns import evaluated, groups, texts
+from hf_clmul.data import memory
 from hf_clmul.data.encoding import encode_prompt
 from hf_clmul.data.roles import derived_seed
-from hf_clmul.errors import RecipeError
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.stream import stream_metrics, stream_record
 from hf_clmul.evaluation.suites import Measuring
-from hf_clmul.export import Wanted, export
+from hf_clmul.export import REPORT, Wanted, export
 from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.hub import push
 from hf_clmul.model_card import model_card
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan import FILTER, plan_steps
+from hf_clmul.plan import FILTER, Step, plan_steps
 from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE
@@ -107,12 +110,19 @@ def _execute(run: Run, began: float) -> None:
             measure_stage(run, step, stage)
             _write_record(run, "running", began)
         if run.main:
-            for job in step.jobs:
-                run.folder.clear_checkpoints(step, job)
-            for earlier, job in superseded(run, step):
-                run.folder.clear_state(earlier, job)
+            _settle(run, step)
         run.state.wait_for_everyone()
     on_main_first(run.state, lambda: _finish(run, began))
+
+
+def _settle(run: Run, step: Step) -> None:
+    """What a finished request leaves on disk: the memory as it is now, and no weights from which nothing starts any more."""
+    if run.recipe.memory is not None:
+        memory.write(run.folder.memory, step.memory)
+    for job in step.jobs:
+        run.folder.clear_checkpoints(step, job)
+    for earlier, job in superseded(run, step):
+        run.folder.clear_state(earlier, job)
 
 
 def _finish(run: Run, began: float) -> None:
@@ -126,7 +136,12 @@ def _finish(run: Run, began: float) -> None:
     ledger.append(run.folder.ledger, "exported", kind=wanted.kind, files=file_hashes(run.folder.model))
     run.folder.report.unlink(missing_ok=True)  # it may show an earlier export
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    _write_json(run.folder.results, {**_record(run, COMPLETE, began), "export": exported, "finished": finished})
+    whole = {**_record(run, COMPLETE, began), "export": exported, "finished": finished}
+    if isinstance(run.model, PeftModel):
+        whole["base_sha256_after"] = adapters.base_sha256(run.model)
+        if whole["base_sha256_after"] != whole["model"]["sha256"]:
+            raise RunError(f"the base model's weights changed during the run, which nothing should do. {REPORT}")
+    _write_json(run.folder.results, whole)
 
 
 def _close(recipe: Recipe, folder: RunFolder) -> None:
@@ -142,7 +157,9 @@ def _close(recipe: Recipe, folder: RunFolder) -> None:
 def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     stages = [stage for stage in map(run.folder.result, [None, *run.steps]) if stage is not None]
     events = ledger.verify(run.folder.ledger)
-    return record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
+    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
+    stream = stream_record(stages, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
+    return {**whole, "stream": {**stream, "metrics": stream_metrics(stream)}}
 
 
 def _write_record(run: Run, status: str, began: float) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_clmul import ledger
 from hf_clmul.columns import Evaluated
+from hf_clmul.data import memory
 from hf_clmul.data.encoding import Encoded
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import encode_dataset
@@ -112,6 +113,8 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     if present:
         run.model = adapters.drop(run.model, present)
     run.stale -= set(step.removed)
+    if run.folder.result(step) is None:
+        on_main_first(run.state, lambda: _begin(run, step))
     done = [_bring(run, step, job) for job in step.jobs]
     if run.stale.intersection(step.stack, *step.own.values()) or None in done:
         return None
@@ -121,6 +124,13 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
         **{key: each[key] for each in done for key in ("edit",) if key in each},
         "weights_sha256": done[-1]["weights_sha256"] if done else None,
     }
+
+
+def _begin(run: Run, step: Step) -> None:
+    """Records the settings. What is unlearned leaves the memory before anything trains."""
+    run.folder.start(run.recipe, run.steps, step)
+    if step.kind == "unlearn" and run.recipe.memory is not None:
+        memory.write(run.folder.memory, step.memory)
 
 
 def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
@@ -186,7 +196,6 @@ def _has(model: Any, name: str) -> bool:
 
 
 def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:
-    on_main_first(run.state, lambda: run.folder.start(run.recipe, run.steps, step))
     checkpoint = run.folder.checkpoint(step, job, run.state.num_processes)
     run.state.wait_for_everyone()
     if run.main:
