@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_clmul.data.encoding import Encoded, encode_answer
+from hf_clmul.data.encoding import CLASS_ID, Encoded, encode_answer
 from hf_clmul.data.roles import RoleDataset
 from hf_clmul.data.sources import encode_dataset, refusals
 from hf_clmul.models import hidden
@@ -85,6 +85,7 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
     empty = [role for role, examples in roles.items() if len(examples) == 0]
     if empty:
         raise ValueError(f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}.")
+    _check_classes(terms, roles)
     sources = {role: alternatives_from(active) for role, active in terms.items()}
     refused = [role for role, source in sources.items() if source == "refusal"]
     answers = [encode_answer(text, tokenizer) for text in refusals()] if refused else []
@@ -113,6 +114,19 @@ def _column(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> list
             "section), or take a term that needs none, such as idk, which prefers refusals."
         )
     return [[example["alternative_ids"]] for example in examples]
+
+
+def _check_classes(terms: Terms, roles: Mapping[str, list[Encoded]]) -> None:
+    """Raises ValueError for a term that needs classes where an example has none."""
+    for role, active in terms.items():
+        without = [i for i, example in enumerate(roles[role]) if CLASS_ID not in example]
+        for term in active if without else ():
+            if "classes" in term.term.needs:
+                raise ValueError(
+                    f"{role}/{term.name}: example {without[0]} ({len(without)} of {len(roles[role])}) has no class: give the "
+                    "data a column `class` of texts or whole numbers (in a recipe, `columns: {class: YOUR_NAME}` of the data "
+                    "section), or leave the term out."
+                )
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -26,8 +26,9 @@ from hf_clmul.models.teachers import uniform
 from hf_clmul.objectives import ALTERNATIVES, TERMS
 from hf_clmul.objectives.active import active_terms, layers, needs
 
-# Those with a reinforced model stand in test_preparation.py.
-ALL = {role: {name: {} for name, term in TERMS.items() if role in term.roles and "reinforced" not in term.needs}
+# Those with a reinforced model stand in test_preparation.py; those that couple a batch cannot be split.
+ALL = {role: {name: {} for name, term in TERMS.items()
+              if role in term.roles and "reinforced" not in term.needs and not term.coupled}
        for role in ("forget", "retain")}  # fmt: skip
 
 
