@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from hf_clmul.gradients.active import ActiveRule
 from hf_clmul.gradients.options import Lookahead
 from hf_clmul.models import adapters
+from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.objectives.active import ActiveTerm
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule, sharded: bool) -> list[
         (bool(args.fsdp or args.deepspeed) and args.trainable is not None,
          "trainable chooses parameters by the names of the whole model, which FSDP and DeepSpeed replace: use DDP, or an "
          "adapter with target_modules."),
+        ((sharded or args.deepspeed is not None) and teacher_choice(args.teacher)[1] is not None,
+         "teacher='ema' keeps whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP, or 'before_request'."),
         (optimizer in INSIDE_BACKWARD or "layerwise" in optimizer.value,
          f"optim={optimizer.value!r} updates weights inside the backward pass, before gradients can be combined: "
          "use 'adamw_torch' or another ordinary optimizer."),

@@ -2,6 +2,7 @@
 it trains nothing."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -44,7 +45,25 @@ def role_terms(args: "ClmulConfig", datasets: Any) -> Terms:
     anchor = LEARN if LEARN in found else FORGET
     if not terms[anchor]:
         raise ValueError(f"no term is given for {anchor!r}: nothing would be trained.")
-    return {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
+    acting = {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
+    return acting if args.gamma is None else _weighed(acting, args.gamma)
+
+
+def _weighed(terms: Terms, gamma: float) -> Terms:
+    """Forgetting times 1 - gamma, all else times gamma: UniCLUN (arXiv 2408.11374, equation 11)."""
+    if FORGET not in terms:
+        raise ValueError(
+            "gamma weighs what is to be forgotten against all else, but train_dataset has no `forget`: leave gamma out."
+        )
+    if len(terms) == 1:
+        raise ValueError(
+            "gamma weighs what is to be forgotten against all else, and there is no other role: leave gamma out, or give data "
+            "and terms for `retain` or `memory`."
+        )
+    share = {role: 1 - gamma if role == FORGET else gamma for role in terms}
+    return {
+        role: [replace(term, weight=share[role] * term.weight) for term in of_role] for role, of_role in terms.items()
+    }
 
 
 def check_layers(model: nn.Module, terms: Terms, trainable: str | None = None) -> None:

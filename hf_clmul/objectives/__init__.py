@@ -112,7 +112,7 @@ TERMS: dict[str, Term] = {
     "undial": _term(distillation.undial, GONE, "tokens", "logits targets teacher", "arXiv 2402.10052",
         "self-distillation with the right token's logit lowered"),
     "bad_teacher": _term(distillation.bad_teacher, GONE, "tokens", "logits incompetent", "arXiv 2205.08096",
-        "KL to a teacher that knows nothing"),
+        "KL to a teacher that knows nothing", preparation.Incompetent),
     "elm": _term(distillation.elm, GONE, "tokens", "logits teacher contexts", "arXiv 2410.02760",
         "distils the teacher as one that has never heard of it", preparation.Contexts),
     "scrub": _term(distillation.scrub, GONE, "tokens", "logits teacher", "arXiv 2302.09880",

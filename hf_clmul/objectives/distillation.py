@@ -104,7 +104,8 @@ def bad_teacher(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]
     count N.
 
     Chundawat et al. (arXiv 2205.08096), its part on forget data; also the unlearning loss of UniCLUN (arXiv
-    2408.11374). The teacher is whatever incompetent one the trainer has; logits are [N, V].
+    2408.11374). `weights` says which the teacher is: a frozen model of the same architecture with random weights, the default, or
+    `uniform`; logits are [N, V].
     """
     return kl(student, teacher)
 
