@@ -28,6 +28,7 @@ from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
 from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.penalised import Penalties
 from hf_clmul.preparation import edit, prepare
 from hf_clmul.request_checks import understood
 from hf_clmul.role_data import encoded
@@ -62,7 +63,8 @@ class ClmulTrainer(Trainer):
     again, until each rank has a whole micro-batch; `dataloader_drop_last` leaves the rest out instead. Formats:
     question/answer, prompt/completion, messages, text. Terms, conflict rule and teacher are fields of `ClmulConfig`;
     `conflict_rule` takes any callable Gram [m][m] -> weights [m] instead. `peft_config` adds a new adapter (named
-    `default`). Raises ValueError for what cannot be honoured, RunError if training collapses.
+    `default`). `importance` is for the penalty `ewc`, see `penalised.Penalties`. Raises ValueError for what cannot be
+    honoured, RunError if training collapses.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ClmulTrainer(Trainer):
         *,
         peft_config: LoraConfig | None = None,
         conflict_rule: Callable[[list[list[float]]], list[float]] | None = None,
+        importance: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ClmulConfig(output_dir="clmul_output")
@@ -95,6 +98,7 @@ class ClmulTrainer(Trainer):
         if args.activation_checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
         self.teacher: BeforeRequest | None = None
+        self.penalties = Penalties(args.penalties, importance)
         self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
         self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
@@ -198,6 +202,7 @@ class ClmulTrainer(Trainer):
                 self.accelerator.backward(loss if weights[role] == 1.0 else weights[role] * loss)
                 total += loss.detach()
         if self.accelerator.sync_gradients:
+            total += self.penalties.add(self._log.add_loss, next(iter(weights.values())), self._loss_scale())
             self._window.apply_masks()
             if self.rule.scheduled is not None:
                 self._log.add_statistics({f"weight/{role}": weight for role, weight in weights.items()})
@@ -280,10 +285,10 @@ class ClmulTrainer(Trainer):
         Raises ValueError if these are no longer the weights before the request that is to be resumed.
         """
         wanted = any("teacher" in active.term.needs for terms in self.terms.values() for active in terms)
-        if wanted and resume_from_checkpoint and self.state.global_step > 0:
+        if (wanted or self.penalties.anchored) and resume_from_checkpoint and self.state.global_step > 0:
             raise ValueError(
-                "this trainer has trained its model already, so its weights can no longer serve as the teacher of "
-                "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
+                "this trainer has trained its model already, so its weights can no longer serve as the teacher "
+                "or anchor of the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
         if self.train_dataset is not None:
@@ -295,6 +300,7 @@ class ClmulTrainer(Trainer):
         with only_trainable(model, self.args.trainable):
             if any(active.term.edit for terms in self.terms.values() for active in terms):
                 return edit(self, resume_from_checkpoint)
+            self.penalties.start(model)
             if self.salient.wanted and not resume_from_checkpoint:
                 self.salient.check(model)
             self.reinforced = prepare(self)
