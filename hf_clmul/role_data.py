@@ -85,6 +85,8 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
     empty = [role for role, examples in roles.items() if len(examples) == 0]
     if empty:
         raise ValueError(f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}.")
+    for role, active in terms.items():
+        _check_stored(role, active, roles[role])
     sources = {role: alternatives_from(active) for role, active in terms.items()}
     refused = [role for role, source in sources.items() if source == "refusal"]
     answers = [encode_answer(text, tokenizer) for text in refusals()] if refused else []
@@ -113,6 +115,18 @@ def _column(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> list
             "section), or take a term that needs none, such as idk, which prefers refusals."
         )
     return [[example["alternative_ids"]] for example in examples]
+
+
+def _check_stored(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> None:
+    """Raises ValueError for an example without the stored targets that a term asks for."""
+    asking = [t.name for t in terms if "stored" in t.term.needs]
+    without = [i for i, example in enumerate(examples) if "stored_ids" not in example] if asking else []
+    if without:
+        raise ValueError(
+            f"{role}/{asking[0]}: example {without[0]} ({len(without)} of {len(examples)}) has no stored targets: have them "
+            "stored with the memory (in a recipe, `memory: {top_k: 64}`; in Python, hf_clmul.models.stored), or take a term "
+            "that asks a teacher, such as kl."
+        )
 
 
 def pad_token_id(tokenizer: Any) -> int:

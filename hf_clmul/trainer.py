@@ -22,7 +22,7 @@ from hf_clmul.errors import RunError
 from hf_clmul.gradients.options import Saliency, options
 from hf_clmul.gradients.resolve import Change, resolve
 from hf_clmul.gradients.window import GradientWindow
-from hf_clmul.models import adapters, causal_lm
+from hf_clmul.models import adapters, causal_lm, stored
 from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
 from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives import FORGET
@@ -234,6 +234,8 @@ class ClmulTrainer(Trainer):
         total = None
         for active in terms:
             teacher_says = uniform(prediction) if "incompetent" in active.term.needs else targets
+            if "stored" in active.term.needs:
+                teacher_says = stored.said(batch)
             value, count = active.term.function(prediction, teacher_says, **active.parameters)
             if count != (declared := _count(active, batch)):
                 raise RuntimeError(

@@ -20,11 +20,11 @@ from hf_clmul.models import causal_lm
 from hf_clmul.objectives import ALTERNATIVES, ROLES, TERMS, distribution, representation, term_parameters
 from hf_clmul.objectives.active import OUTPUTS, active_terms, layers, needs
 from hf_clmul.objectives.counts import COUNTS
-from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.objectives.prediction import Prediction, Top
 from hf_clmul.objectives.preference import log_sigmoid
 from hf_clmul.objectives.preparation import Generated
 
-OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced"}
+OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced", "stored"}
 EMPTY = inspect.Parameter.empty
 LOSSES = [name for name, term in TERMS.items() if not term.edit]
 every_term, every_loss = (pytest.mark.parametrize("name", names) for names in (TERMS, LOSSES))
@@ -52,6 +52,12 @@ def from_logits(logits, rows=None, targets=None):
 
 def states(hidden, layer=representation.ZEPHYR):
     return Prediction(torch.arange(len(hidden)), len(hidden), hidden={layer: torch.tensor(hidden, dtype=torch.float64)})
+
+
+def top(ids, probabilities, rest):
+    """A teacher of whom its likeliest tokens are known, and what is left to the others."""
+    q, tail = (torch.tensor(values, dtype=torch.float64).log() for values in (probabilities, rest))
+    return Prediction(torch.arange(len(ids)), len(ids), top=Top(torch.tensor(ids), q, tail))
 
 
 # Two answers: of two tokens, with probability 1/2 * 1/4 = 1/8 (teacher: 1/4), and of one token, 1/8 (teacher:
@@ -86,6 +92,20 @@ HAND = {
     "js": [({}, distributions([LEANING, FLAT]), distributions([[3 / 4, 1 / 4], FLAT]), LEAN, 2)],
     # (0 + 4 + 0) / 3 + (1 + 1 + 4) / 3
     "logit_mse": [({}, from_logits([[1, 2, 3], [0, 0, 0]]), from_logits([[1, 0, 3], [1, 1, -2]]), 10 / 3, 2)],
+    "der": [
+        # 1/2 log 2 + 1/2 log((1/2) / (3/4)), then twice the same token by token: 0
+        ({}, distributions([[1 / 4, 1 / 4, 1 / 2]]), top([[1]], [[1 / 2]], [1 / 2]), log(4 / 3) / 2, 1),
+        (
+            {},
+            distributions([LOPSIDED, THIRDS]),
+            top([[0, 2], [2, 1]], [[1 / 2, 1 / 4], [1 / 3, 1 / 3]], [1 / 4, 1 / 3]),
+            0,
+            2,
+        ),
+        # Nothing is left to the others: log 4. Every token is known: what `kl` gives for P and Q, in another order.
+        ({}, distributions([[1 / 4, 1 / 4, 1 / 2]]), top([[0]], [[1]], [0]), log(4), 1),
+        ({}, Q, top([[1, 0], [0, 1]], [[1 / 2, 1 / 2], [3 / 4, 1 / 4]], [0, 0]), log(2), 2),
+    ],
     "hidden_mse": [
         # (0 + 4) / 2 + (9 + 16) / 2
         ({}, states([[1, 2], [3, 4]]), states([[1, 0], [0, 0]]), 14.5, 2),
@@ -235,7 +255,7 @@ def test_every_term_has_a_value_worked_out_by_hand():
 def test_value_by_hand(name, case):
     parameters, student, teacher, expected, count = case
     value, counted = TERMS[name].function(student, teacher, **parameters)
-    assert (value.item(), counted) == (pytest.approx(expected, rel=1e-12), count)
+    assert (value.item(), counted) == (pytest.approx(expected, rel=1e-12, abs=1e-15), count)
 
 
 def test_log_sigmoid_keeps_its_value_and_slope_where_exp_overflows():
@@ -312,7 +332,9 @@ def drawn(like, requires_grad=True):
     alternative = Prediction(torch.tensor([0, 1, 1]), 2, draw(3) - 4, draw(3, 5), None, torch.tensor([0, 1, 2]))
     hidden = {representation.ZEPHYR: draw(3, 4)}
     variants = {name: Prediction(rows, 2, logits=draw(3, 5)) for name in ("novice", "expert", "reinforced")}
-    return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden, variants), logps
+    kept = Top(torch.tensor([[4, 0], [1, 2], [2, 3]]), draw(3, 2), draw(3))
+    logits, targets = draw(3, 5), torch.tensor([1, 0, 4])
+    return Prediction(rows, 2, logps - 4, logits, alternative, targets, hidden, variants, kept), logps
 
 
 @every_loss
@@ -324,6 +346,7 @@ def test_no_gradient_reaches_any_output_of_the_teacher(name):
     for one in (teacher, teacher.alternative):
         assert one.logits.grad is None and one.logps.grad_fn is not None
     assert teacher.hidden[representation.ZEPHYR].grad is None
+    assert teacher.top.logps.grad is None and teacher.top.tail.grad is None
     assert all(variant.logits.grad is None for variant in teacher.variants.values())
     outputs = [
         student.logits,

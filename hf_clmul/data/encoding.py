@@ -62,14 +62,15 @@ def encode(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", max
 
     A column `alternative` (text) becomes `alternative_ids`, an answer that may take the place of the first; it is cut to
     fit `max_length` too. An example that has `input_ids` and `labels` keeps them, without what its own `attention_mask` masks,
-    and its `alternative_ids`. Raises RecipeError if nothing but an end token is supervised, also after truncation to `max_length` tokens.
+    and its `alternative_ids` and stored targets (`models.stored`), cut as its tokens are. Raises RecipeError if nothing but an
+    end token is supervised, also after truncation to `max_length` tokens.
     """
     if is_encoded(example):
         mask = example.get("attention_mask") or [1] * len(example["input_ids"])
         ids = [token for token, real in zip(example["input_ids"], mask, strict=True) if real]
         labels = [label for label, real in zip(example["labels"], mask, strict=True) if real]
         fitted = _fitted(ids, labels, example, tokenizer, max_length)
-        return _with_alternative(fitted, example.get("alternative_ids"), max_length)
+        return _with_alternative({**fitted, **_stored(example, fitted)}, example.get("alternative_ids"), max_length)
     names = example_format(example)
     _check_columns(example, names)
     messages = chat(example, tokenizer)
@@ -187,6 +188,20 @@ def _with_alternative(encoded: Encoded, answer: list[int] | None, max_length: in
         return encoded
     room = None if max_length is None else max_length - first_label(encoded)
     return {**encoded, "alternative_ids": list(answer[:room])}
+
+
+def _stored(example: Mapping[str, Any], fitted: Encoded) -> dict[str, Any]:
+    """The stored targets of the example at the positions that are left. Raises RecipeError where they are of other tokens."""
+    if "stored_ids" not in example:
+        return {}
+    left, there = (sum(label != IGNORED for label in e["labels"][1:]) for e in (fitted, example))
+    found = len(example["stored_ids"])
+    if found != there:
+        raise RecipeError(
+            f"an example has stored targets for {found} tokens, and {there} are supervised: they were stored with another "
+            "tokenizer, chat template or max_length. Store them again, or leave them out."
+        )
+    return {name: example[name][:left] for name in ("stored_ids", "stored_logps", "stored_tail")}
 
 
 def first_label(encoded: Mapping[str, Any]) -> int:

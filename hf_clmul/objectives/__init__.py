@@ -24,9 +24,9 @@ class Term:
     nothing; "alternative": the same for a second answer, which is, of `ALTERNATIVES`, a "refusal" of the built-in
     ones, each example's own from a "column" of the data, or "generated" by the model before it is trained;
     "contexts": the teacher's logits behind further texts; "reinforced": its logits after more training on the same
-    data. An `edit` changes the weights instead of training: its function takes and returns values of one parameter, it
-    has no unit and no weight, and it stands alone. `preparation` holds the parameters of what it needs beside
-    the batch, where that has any.
+    data; "stored": a teacher's answers that were kept with the examples. An `edit` changes the weights instead of
+    training: its function takes and returns values of one parameter, it has no unit and no weight, and it stands alone.
+    `preparation` holds the parameters of what it needs beside the batch, where that has any.
     """
 
     function: Callable[..., Any]
@@ -58,6 +58,8 @@ TERMS: dict[str, Term] = {
         "Jensen-Shannon divergence to the teacher"),
     "logit_mse": _term(distillation.logit_mse, KEPT, "tokens", "logits teacher", "arXiv 2004.07211",
         "squared distance of logits to the teacher's"),
+    "der": _term(distillation.der, (MEMORY,), "tokens", "logits stored", "arXiv 2004.07211",
+        "KL to what a teacher said of the memory's examples when they were stored"),
     "hidden_mse": _term(representation.hidden_mse, KEPT, "tokens", "hidden teacher", "arXiv 2403.03218",
         "squared distance of a layer's hidden states to the teacher's"),
     "answer_preservation": _term(preference.answer_preservation, (RETAIN,), "sequences",
