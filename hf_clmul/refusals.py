@@ -54,6 +54,8 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule, sharded: bool) -> list[
          "rule that needs inner products only, such as 'pcgrad_retain_first' or 'agem'."),
         ((sharded or args.deepspeed is not None) and args.saliency is not None,
          "saliency looks at whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP."),
+        ((sharded or args.deepspeed is not None) and bool(args.penalties),
+         "penalties look at whole weights, and FSDP and DeepSpeed leave each rank a part: use DDP."),
         (bool(args.fsdp or args.deepspeed) and args.trainable is not None,
          "trainable chooses parameters by the names of the whole model, which FSDP and DeepSpeed replace: use DDP, or an "
          "adapter with target_modules."),

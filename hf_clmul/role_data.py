@@ -105,6 +105,8 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
     if empty:
         raise ValueError(f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}.")
     _check_classes(terms, roles)
+    for role, active in terms.items():
+        _check_stored(role, active, roles[role])
     sources = {role: alternatives_from(active) for role, active in terms.items()}
     refused = [role for role, source in sources.items() if source == "refusal"]
     answers = [encode_answer(text, tokenizer) for text in refusals()] if refused else []
@@ -146,6 +148,18 @@ def _check_classes(terms: Terms, roles: Mapping[str, list[Encoded]]) -> None:
                     "data a column `class` of texts or whole numbers (in a recipe, `columns: {class: YOUR_NAME}` of the data "
                     "section), or leave the term out."
                 )
+
+
+def _check_stored(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> None:
+    """Raises ValueError for an example without the stored targets that a term asks for."""
+    asking = [t.name for t in terms if "stored" in t.term.needs]
+    without = [i for i, example in enumerate(examples) if "stored_ids" not in example] if asking else []
+    if without:
+        raise ValueError(
+            f"{role}/{asking[0]}: example {without[0]} ({len(without)} of {len(examples)}) has no stored targets: have them "
+            "stored with the memory (in a recipe, `memory: {top_k: 64}`; in Python, hf_clmul.models.stored), or take a term "
+            "that asks a teacher, such as kl."
+        )
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_clmul.models import causal_lm
+from hf_clmul.models import causal_lm, stored
 from hf_clmul.models.ema import Ema
 from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Teacher, uniform
@@ -41,6 +41,15 @@ def of_teacher(trainer: "ClmulTrainer", terms: list[ActiveTerm], batch: Batch) -
     with trainer.reinforced.answering() as reinforced, trainer.accelerator.autocast():
         after = causal_lm.predict(reinforced, batch, frozenset({"logits"}), trainer._accepted)
     return replace(said, variants={**(said.variants or {}), REINFORCED: after})
+
+
+def said_of(
+    trainer: "ClmulTrainer", active: ActiveTerm, student: Prediction, batch: Batch, said: Prediction | None
+) -> Prediction | None:
+    """What a term is measured against: what nobody's teacher says, what was stored, or else what the teacher `said`."""
+    if "incompetent" in active.term.needs:
+        return of_nobody(trainer, active, student, batch)
+    return stored.said(batch) if "stored" in active.term.needs else said
 
 
 def of_nobody(trainer: "ClmulTrainer", active: ActiveTerm, student: Prediction, batch: Batch) -> Prediction:

@@ -26,11 +26,12 @@ from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.teachers import Reinforced, Teacher
 from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
+from hf_clmul.penalised import Penalties
 from hf_clmul.preparation import edit, forget_gradient, prepare
 from hf_clmul.request_checks import understood
 from hf_clmul.role_data import encoded
 from hf_clmul.salient import SalientPart
-from hf_clmul.targets import new_teacher, of_nobody, of_teacher
+from hf_clmul.targets import new_teacher, of_teacher, said_of
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
 from hf_clmul.window_passes import WindowPasses
@@ -62,7 +63,8 @@ class ClmulTrainer(Trainer):
     question/answer, prompt/completion, messages, text. Terms, conflict rule and teacher are fields of `ClmulConfig`;
     `conflict_rule` takes any callable Gram [m][m] -> weights [m] instead. `peft_config` adds a new adapter (named
     `default`). With the teacher `ema`, `teacher_state` is what the last request's trainer had under this name when its
-    training was over; each leaves its own there. Raises ValueError for what cannot be honoured, RunError if training collapses.
+    training was over; each leaves its own there. `importance` is for the penalty `ewc`, see `penalised.Penalties`. Raises
+    ValueError for what cannot be honoured, RunError if training collapses.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ClmulTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         conflict_rule: Callable[[list[list[float]]], list[float]] | None = None,
         teacher_state: EmaState | None = None,
+        importance: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ClmulConfig(output_dir="clmul_output")
@@ -102,6 +105,7 @@ class ClmulTrainer(Trainer):
         self.teacher: Teacher | None = None
         self.teacher_state = teacher_state
         self.incompetent: nn.Module | None = None
+        self.penalties = Penalties(args.penalties, importance)
         self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
         self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
@@ -205,6 +209,7 @@ class ClmulTrainer(Trainer):
                 self.accelerator.backward(loss if weights[role] == 1.0 else weights[role] * loss)
                 total += loss.detach()
         if self.accelerator.sync_gradients:
+            total += self.penalties.add(self._log.add_loss, next(iter(weights.values())), self._loss_scale())
             self._window.apply_masks()
             if self.rule.scheduled is not None:
                 self._log.add_statistics({f"weight/{role}": weight for role, weight in weights.items()})
@@ -237,8 +242,7 @@ class ClmulTrainer(Trainer):
         prediction = causal_lm.predict(model, batch, needs(terms), self._accepted, layers(terms))
         total = None
         for active in terms:
-            nobody = "incompetent" in active.term.needs
-            said = of_nobody(self, active, prediction, batch) if nobody else targets
+            said = said_of(self, active, prediction, batch, targets)
             value, count = active.term.function(prediction, said, **active.parameters)
             if count != (declared := _count(active, batch)):
                 raise RuntimeError(
@@ -278,10 +282,10 @@ class ClmulTrainer(Trainer):
         """
         wanted = any("teacher" in active.term.needs for terms in self.terms.values() for active in terms)
         wanted = wanted and teacher_choice(self.args.teacher)[1] is None  # an average is in the checkpoint
-        if wanted and resume_from_checkpoint and self.state.global_step > 0:
+        if (wanted or self.penalties.anchored) and resume_from_checkpoint and self.state.global_step > 0:
             raise ValueError(
-                "this trainer has trained its model already, so its weights can no longer serve as the teacher of "
-                "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
+                "this trainer has trained its model already, so its weights can no longer serve as the teacher "
+                "or anchor of the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
         if self.train_dataset is not None:
@@ -293,6 +297,7 @@ class ClmulTrainer(Trainer):
         with only_trainable(model, self.args.trainable):
             if any(active.term.edit for terms in self.terms.values() for active in terms):
                 return edit(self, resume_from_checkpoint)
+            self.penalties.start(model)
             if self.salient.wanted and not resume_from_checkpoint:
                 self.salient.check(model)
             self.reinforced, self.incompetent = prepare(self)

@@ -10,6 +10,7 @@ from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Saliency, options
 from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.objectives.penalties import active_penalties
 from hf_clmul.recipe_problems import value_problem
 
 ROLE_TERMS = "terms of the {} role: {{name: {{parameter: value, 'weight': 1.0}}}}. Default: {}."
@@ -26,13 +27,15 @@ class ClmulConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS, "learn", "forget", "retain", "memory", "conflict",
-        "lookahead", "saliency", "teacher",
+        "lookahead", "saliency", "teacher", "penalties",
     ]  # fmt: skip
 
     learn: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("learn", "nll")})
     forget: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("forget", "npo")})
     retain: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("retain", "kl")})
     memory: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("memory", "nll")})
+    penalties: dict[str, Any] | str | None = field(default=None, metadata={
+        "help": "Penalties on the weights, in the anchor role's gradient: {name: {'weight': 1.0}}: ewc, o_lora, n_lora."})  # fmt: skip
     conflict: dict[str, Any] | str | None = field(default=DEFAULT_RULE, metadata={
         "help": "How the roles' gradients become one update: a rule, or {rule: {parameter: value}}."})  # fmt: skip
     lookahead: dict[str, Any] | str | None = field(default=None, metadata={
@@ -55,6 +58,7 @@ class ClmulConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         active_rule(self.conflict)
+        active_penalties(self.penalties)
         options(Lookahead, "lookahead", self.lookahead)
         options(Saliency, "saliency", self.saliency)
         if self.change_steps < 0:

@@ -26,6 +26,7 @@ from trainer_bed import (
     Stop,
     adapted,
     examples,
+    importances,
     lines,
     llama,
     make,
@@ -141,6 +142,7 @@ BOTH = {"forget": {"npo": {"beta": 0.2}}, "retain": {"kl": {}, "nll": {"weight":
 REINFORCED = {"epochs": 2, "learning_rate": 0.01}
 DECAY = {"weight_decay": 0.5}
 EMA = {"teacher": {"ema": {"probability": 0.7}}}
+PENALISED = {"penalties": {"ewc": {"weight": 0.5}, "n_lora": {"weight": 20.0}}}
 HIDDEN = {"forget": {"rmu": {"layer": 0}}, "retain": {"hidden_mse": {"layer": 0}}}
 BRANCHED = {"build": branched, "retain": "nll"}
 CASES: dict[str, dict[str, Any]] = {
@@ -171,6 +173,9 @@ CASES: dict[str, dict[str, Any]] = {
     "alternate": {"build": llama, **BOTH, "conflict": "alternate"},
     "saliency": {"build": llama, **BOTH, "saliency": {"train": 0.5, "trim": 0.05}, **DECAY},
     "trainable": {"build": llama, **BOTH, "trainable": ".*down_proj.*", "change_steps": 1},
+    "penalties": {"build": adapted, **PENALISED, "retain": "nll", "forget": "npo", "conflict": "pcgrad"},
+    "penalties, sum, views on": {"build": adapted, **PENALISED, "role": "learn", "views": True},
+    "penalties, plain weights": {"build": llama, **BOTH, "penalties": {"ewc": {"weight": 0.5}}, "conflict": "sum"},
     "refusals": {"build": llama, "forget": "ce_u", "retain": {"answer_preservation": {}, "nll": {}}},
     "hidden": {"build": llama, **HIDDEN, **DECAY},
     "hidden, sum, views on": {"build": llama, **HIDDEN, **DECAY, "conflict": "sum", "views": True},
@@ -193,6 +198,8 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
         row["input_ids"], row["labels"] = [MARK, *row["input_ids"]], [-100, *row["labels"]]
     saw, counts = Gradients(), []
     model = build(folder / "model") if build is sharded else build()
+    if "penalties" in options:
+        options["importance"] = {name: f.float() for name, f in importances(model).items()}
     trainer = make(
         model, data, folder / name.replace(" ", "_"), [Nudge(), saw], eval_dataset=examples(4, 4), max_steps=4, logging_steps=2,
         learning_rate=0.02, per_device_train_batch_size=MICRO_BATCH, per_device_eval_batch_size=4 // ranks,

@@ -20,11 +20,11 @@ from hf_clmul.models import causal_lm
 from hf_clmul.objectives import ALTERNATIVES, ROLES, TERMS, contrast, representation, term_parameters
 from hf_clmul.objectives.active import OUTPUTS, active_terms, layers, needs
 from hf_clmul.objectives.counts import COUNTS
-from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.objectives.prediction import Prediction, Top
 from hf_clmul.objectives.preference import log_sigmoid
 from hf_clmul.objectives.preparation import Generated
 
-OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced", "classes"}
+OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced", "classes", "stored"}
 EMPTY = inspect.Parameter.empty
 LOSSES = [name for name, term in TERMS.items() if not term.edit]
 every_term, every_loss = (pytest.mark.parametrize("name", names) for names in (TERMS, LOSSES))
@@ -60,6 +60,12 @@ def states(hidden, layer=representation.ZEPHYR, rows=None, classes=None):
 def signed(numbers, rows=None, classes=None):
     """States of one number: of whatever projection, features are a vector u or -u, and products 1 or -1."""
     return states([[x] for x in numbers], contrast.DEEP, rows, classes)
+
+
+def top(ids, probabilities, rest):
+    """A teacher of whom its likeliest tokens are known, and what is left to the others."""
+    q, tail = (torch.tensor(values, dtype=torch.float64).log() for values in (probabilities, rest))
+    return Prediction(torch.arange(len(ids)), len(ids), top=Top(torch.tensor(ids), q, tail))
 
 
 # Two answers: of two tokens, with probability 1/2 * 1/4 = 1/8 (teacher: 1/4), and of one token, 1/8 (teacher:
@@ -140,6 +146,20 @@ HAND = {
         ({}, signed([1]), None, 0.0, 1),
         # The default 0.07, beside a stranger on the other side
         ({}, signed([1, 2, -1], classes=[1, 1, 0]), None, 2 * log(1 + exp(-2 / 0.07)), 3),
+    ],
+    "der": [
+        # 1/2 log 2 + 1/2 log((1/2) / (3/4)), then twice the same token by token: 0
+        ({}, distributions([[1 / 4, 1 / 4, 1 / 2]]), top([[1]], [[1 / 2]], [1 / 2]), log(4 / 3) / 2, 1),
+        (
+            {},
+            distributions([LOPSIDED, THIRDS]),
+            top([[0, 2], [2, 1]], [[1 / 2, 1 / 4], [1 / 3, 1 / 3]], [1 / 4, 1 / 3]),
+            0,
+            2,
+        ),
+        # Nothing is left to the others: log 4. Every token is known: what `kl` gives for P and Q, in another order.
+        ({}, distributions([[1 / 4, 1 / 4, 1 / 2]]), top([[0]], [[1]], [0]), log(4), 1),
+        ({}, Q, top([[1, 0], [0, 1]], [[1 / 2, 1 / 2], [3 / 4, 1 / 4]], [0, 0]), log(2), 2),
     ],
     "hidden_mse": [
         # (0 + 4) / 2 + (9 + 16) / 2
@@ -290,7 +310,7 @@ def test_every_term_has_a_value_worked_out_by_hand():
 def test_value_by_hand(name, case):
     parameters, student, teacher, expected, count = case
     value, counted = TERMS[name].function(student, teacher, **parameters)
-    assert (value.item(), counted) == (pytest.approx(expected, rel=1e-12), count)
+    assert (value.item(), counted) == (pytest.approx(expected, rel=1e-12, abs=1e-15), count)
 
 
 def test_log_sigmoid_keeps_its_value_and_slope_where_exp_overflows():
@@ -396,5 +416,5 @@ def test_parameters_are_read_from_the_function():
 
 def test_importing_the_table_imports_neither_torch_nor_transformers():
     heavy = "{'torch', 'transformers', 'peft', 'datasets'}"
-    code = f"import sys, hf_clmul.objectives; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, hf_clmul.objectives.penalties; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

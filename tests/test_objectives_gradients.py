@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_clmul.objectives import TERMS, contrast, distribution, representation
-from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.objectives.prediction import Prediction, Top
 
 every_loss = pytest.mark.parametrize("name", [name for name, term in TERMS.items() if not term.edit])
 
@@ -23,7 +23,9 @@ def drawn(like, requires_grad=True):
     hidden = {layer: draw(4, 6) for layer in (representation.ZEPHYR, contrast.DEEP)}
     variants = {name: Prediction(rows, 3, logits=draw(4, 5)) for name in ("novice", "expert", "reinforced")}
     targets, classes = torch.tensor([1, 0, 4, 2]), torch.tensor([5, 5, 6])
-    return Prediction(rows, 3, logps - 4, draw(4, 5), alternative, targets, hidden, variants, classes), logps
+    kept = Top(torch.tensor([[4, 0], [1, 2], [2, 3], [0, 1]]), draw(4, 2), draw(4))
+    logits = draw(4, 5)
+    return Prediction(rows, 3, logps - 4, logits, alternative, targets, hidden, variants, classes, kept), logps
 
 
 @every_loss
@@ -36,6 +38,7 @@ def test_no_gradient_reaches_any_output_of_the_teacher(name):
         assert one.logits.grad is None and one.logps.grad_fn is not None
     assert all(state.grad is None for state in teacher.hidden.values())
     assert all(variant.logits.grad is None for variant in teacher.variants.values())
+    assert teacher.top.logps.grad is None and teacher.top.tail.grad is None
     outputs = [
         student.logits,
         student.alternative.logits,

@@ -5,6 +5,7 @@ The tests run over TERMS, so that a new term is caught by itself. Here stands th
 
 import copy
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from hf_clmul.data.collation import RoleCollator, supervision
 from hf_clmul.data.roles import in_context
-from hf_clmul.models import causal_lm
+from hf_clmul.models import causal_lm, stored
 from hf_clmul.models.teachers import uniform
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms, layers, needs
@@ -60,7 +61,15 @@ def collated(name, rows=slice(None), pad=EOS_ID):
         before = {"novice": [33, 34], "expert": [35, 36, 37]}
         shown = [{name: in_context(e, ids, 21) for name, ids in before.items()} for e in examples]
         examples = [{**e, "contexts": contexts} for e, contexts in zip(examples, shown, strict=True)]
+    if "stored" in TERMS[name].needs:
+        examples = [stored.attached(e, t) for e, t in zip(examples, stored_of(len(EXAMPLES))[rows], strict=True)]
     return RoleCollator(pad).collate(examples)
+
+
+@cache
+def stored_of(number):
+    """What a model once said to each of the examples, less its 61 least likely tokens."""
+    return stored.stored_targets(tiny_llama(seed=2), EXAMPLES[:number], 3)
 
 
 def evaluate(name, student, teacher, batch):
@@ -72,6 +81,8 @@ def evaluate(name, student, teacher, batch):
     if "reinforced" in active.term.needs:
         said = causal_lm.predict(grown(teacher), batch, frozenset({"logits"}), accepted)
         targets = replace(targets, variants={"reinforced": said})
+    if "stored" in active.term.needs:
+        targets = stored.said(batch)
     prediction = causal_lm.predict(student, batch, needs(terms), accepted, layers(terms))
     if "incompetent" in active.term.needs:
         targets = uniform(prediction)

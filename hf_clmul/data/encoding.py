@@ -66,15 +66,17 @@ def encode(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", max
 
     A column `alternative` (text) becomes `alternative_ids`, an answer that may take the place of the first; it is cut to
     fit `max_length` too. A column `class` (text or a whole number) becomes `class_id`. An example that has `input_ids` and
-    `labels` keeps them, without what its own `attention_mask` masks, and its `alternative_ids` and `class_id`.
-    Raises RecipeError if nothing but an end token is supervised, also after truncation to `max_length` tokens.
+    `labels` keeps them, without what its own `attention_mask` masks, and its `alternative_ids`, `class_id` and stored targets
+    (`models.stored`), cut as its tokens are. Raises RecipeError if nothing but an end token is supervised, also after
+    truncation to `max_length` tokens.
     """
     if is_encoded(example):
         mask = example.get("attention_mask") or [1] * len(example["input_ids"])
         ids = [token for token, real in zip(example["input_ids"], mask, strict=True) if real]
         labels = [label for label, real in zip(example["labels"], mask, strict=True) if real]
-        fitted = _fitted(ids, labels, example, tokenizer, max_length) | _class_of(example)
-        return _with_alternative(fitted, example.get("alternative_ids"), max_length)
+        fitted = _fitted(ids, labels, example, tokenizer, max_length)
+        whole = {**fitted, **_class_of(example), **_stored(example, fitted)}
+        return _with_alternative(whole, example.get("alternative_ids"), max_length)
     names = example_format(example)
     _check_columns(example, names)
     messages = chat(example, tokenizer)
@@ -203,6 +205,20 @@ def _class_of(example: Mapping[str, Any]) -> dict[str, int]:
     if not isinstance(name, str | int):
         return {}
     return {CLASS_ID: int.from_bytes(sha256(json.dumps(name).encode()).digest()[:8], "big") >> 1}  # fits an int64
+
+
+def _stored(example: Mapping[str, Any], fitted: Encoded) -> dict[str, Any]:
+    """The stored targets of the example at the positions that are left. Raises RecipeError where they are of other tokens."""
+    if "stored_ids" not in example:
+        return {}
+    left, there = (sum(label != IGNORED for label in e["labels"][1:]) for e in (fitted, example))
+    found = len(example["stored_ids"])
+    if found != there:
+        raise RecipeError(
+            f"an example has stored targets for {found} tokens, and {there} are supervised: they were stored with another "
+            "tokenizer, chat template or max_length. Store them again, or leave them out."
+        )
+    return {name: example[name][:left] for name in ("stored_ids", "stored_logps", "stored_tail")}
 
 
 def first_label(encoded: Mapping[str, Any]) -> int:

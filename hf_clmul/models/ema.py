@@ -69,7 +69,7 @@ class Ema(Teacher):
             else:
                 continue
             self.kept[name] = (parameter, value.clone())
-        self.trained = {name for name, (parameter, _) in self.kept.items() if parameter.requires_grad}
+        self.followed = {name for name, (parameter, _) in self.kept.items() if parameter.requires_grad}
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
@@ -78,7 +78,7 @@ class Ema(Teacher):
         if derived_seed(self.seed, "ema", step) >= self.wanted.probability * 2**32:
             return
         new = 1 - min(1 - 1 / (self.k + 1), self.wanted.momentum)
-        for name in self.trained:
+        for name in self.followed:
             parameter, value = self.kept[name]
             value.lerp_(parameter.detach().to(value.dtype), new)  # leaves equal values alone, to the bit
 

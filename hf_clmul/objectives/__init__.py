@@ -33,10 +33,11 @@ class Term:
     nothing; "alternative": the same for a second answer, which is, of `ALTERNATIVES`, a "refusal" of the built-in
     ones, each example's own from a "column" of the data, or "generated" by the model before it is trained;
     "contexts": the teacher's logits behind further texts; "reinforced": its logits after more training on the same
-    data. An `edit` changes the weights instead of training: its function takes and returns values of one parameter, it
-    has no unit and no weight, and it stands alone. `preparation` holds the parameters of what it needs beside
-    the batch, where that has any. "classes": every example has one. A `coupled` term compares the examples of a batch, so that
-    it means the same only where a role's whole batch is in one place: no accumulation, one rank.
+    data; "stored": a teacher's answers that were kept with the examples; "classes": every example has one. An `edit` changes
+    the weights instead of training: its function takes and returns values of one parameter, it has no unit and no weight,
+    and it stands alone. `preparation` holds the parameters of what it needs beside the batch, where that has any. A `coupled`
+    term compares the examples of a batch, so that it means the same only where a role's whole batch is in one place: no
+    accumulation, one rank.
     """
 
     function: Callable[..., Any]
@@ -75,6 +76,8 @@ TERMS: dict[str, Term] = {
         "arXiv 2408.11374", "answers lie to each other as the teacher's do (UniCLUN)", coupled=True),
     "sup_con": _term(contrast.sup_con, (LEARN, MEMORY), "sequences", "hidden classes", "arXiv 2004.11362",
         "answers of a class lie close together", coupled=True),
+    "der": _term(distillation.der, (MEMORY,), "tokens", "logits stored", "arXiv 2004.07211",
+        "KL to what a teacher said of the memory's examples when they were stored"),
     "hidden_mse": _term(representation.hidden_mse, KEPT, "tokens", "hidden teacher", "arXiv 2403.03218",
         "squared distance of a layer's hidden states to the teacher's"),
     "answer_preservation": _term(preference.answer_preservation, (RETAIN,), "sequences",

@@ -147,3 +147,22 @@ def whp(student: Prediction, teacher: Prediction, *, alpha: Annotated[float, Ge(
     z, reinforced = teacher.logits.detach(), teacher.variants["reinforced"].logits.detach()
     target = (z - alpha * (reinforced - z).clamp(min=0)).softmax(-1)
     return -(target * student.logits.log_softmax(-1)).sum(), student.tokens
+
+
+def der(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
+    """KL(stored || student), summed over the N supervised tokens, in nats; count N. What is stored is a teacher's k most
+    likely tokens [N, k], all others being one more: sum over these of q (log q - log p) + q_rest (log q_rest - log p_rest).
+
+    Dark experience replay, Buzzega et al. (arXiv 2004.07211): targets stored when an example was seen hold the model where
+    it was. They begin with this divergence and then take the squared distance of all logits in its place, which needs every
+    logit of a vocabulary and also holds a constant that is added to all, though it changes no probability; `logit_mse` has
+    that distance, to a teacher that is there. Equal to `kl` where k is the vocabulary's size, else never above it. Student
+    logits are [N, V]. With `nll` beside it, weighed by the authors' beta, it is DER++.
+    """
+    q, log_p = teacher.top, student.logits.log_softmax(-1)
+    found = divergence(q.logps.detach(), log_p.gather(1, q.ids)).sum()
+    if q.ids.shape[-1] < log_p.shape[-1]:  # else nothing is left, and its logarithm has no gradient
+        rest = log_p.scatter(1, q.ids, -float("inf")).logsumexp(-1)
+        tail = q.tail.detach().clamp(min=-1e4)  # of a mass of zero: zero times a finite number
+        found = found + (tail.exp() * (tail - rest)).sum()
+    return found, student.tokens
