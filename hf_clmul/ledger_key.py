@@ -38,7 +38,9 @@ def make_key(ledger: Path) -> bytes:
     """The key beside a ledger, made if there is none: 32 random bytes that only the owner may read. Written whole or not at
     all, and never over another."""
     path = key_path(ledger)
-    aside = path.with_name(f".{KEY}.{secrets.token_hex(4)}.aside")  # a kill may leave it; `recover_folder` clears it away
+    aside = path.with_name(
+        f".{KEY}.{secrets.token_hex(4)}.aside"
+    )  # a kill may leave it; `recover_folder` clears it away
     with explained_writes(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -57,7 +59,7 @@ def make_key(ledger: Path) -> bytes:
 
 def keyed(key: bytes, text: str) -> str:
     """HMAC-SHA256 of a text, in hex [64]."""
-    return hmac.new(key, text.encode(), sha256).hexdigest()
+    return hmac.new(key, text.encode(errors="surrogatepass"), sha256).hexdigest()
 
 
 def key_id(key: bytes) -> str:

@@ -127,7 +127,9 @@ def test_every_line_dropped_doubled_or_swapped_is_noticed(path):
     dropped = [old[:i] + old[i + 1 :] for i in places]
     doubled = [old[: i + 1] + old[i:] for i in places]
     swapped = [old[:i] + [old[j], *old[i + 1 : j], old[i]] + old[j + 1 :] for i in places for j in places if i < j]
-    moved = [[*rest[:j], old[i], *rest[j:]] for i in places for j in places if i != j for rest in [old[:i] + old[i + 1 :]]]
+    moved = [
+        [*rest[:j], old[i], *rest[j:]] for i in places for j in places if i != j for rest in [old[:i] + old[i + 1 :]]
+    ]
     for change in [*dropped, *doubled, *swapped, *moved]:
         assert noticed(path, b"".join(change), head), change
     # Only what is cut off the end needs the head.
