@@ -3,9 +3,10 @@ knows hashes and texts; what lies where in a run folder, and what to do about it
 
 import csv
 import html
+import io
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from hf_clmul.data.encoding import FORMATS
 from hf_clmul.errors import RunError
 from hf_clmul.ledger_key import keyed
-from hf_clmul.ledger_records import Event, keyed_id, tombstones
+from hf_clmul.ledger_records import FILTER, Event, keyed_id, tombstones
 
 ERASED = "(erased)"
 """What stands where an erased text stood."""
@@ -23,29 +24,38 @@ SHORTEST = 16  # characters: a shorter text, such as a label, is no quotation by
 Row = Mapping[str, Any]
 
 
+Texts = tuple[str, ...]
+Needles = dict[str, list[Texts]]
+"""{hash of an erased example: alternatives}; a file quotes it if it holds all texts of one alternative."""
+
+
 @dataclass
 class Erased:
-    """The tombstones of a ledger, and the texts of those erased examples that were met in plain."""
+    """The tombstones of a ledger, and the texts of those erased examples that were met in plain.
+
+    `shown` holds the forms in which an example was met, as evaluation may show it in another than it was learned in.
+    """
 
     key: bytes
     stones: dict[str, str]
     by_id: dict[str, str]
     known: set[str]
-    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    others: set[str] = field(default_factory=set)
+    shown: dict[Texts, str] = field(default_factory=dict)
+    others: set[Texts] = field(default_factory=set)
 
     def match(self, row: Row) -> str | None:
-        """Hash of the erased example that a row holds, by its texts; or by its id where the texts are shown in another form
-        than they were learned in."""
-        if ERASED in row.values():
+        """Hash of the erased example that a row holds: by its texts; or by its id, where they are shown in another form than
+        they were learned in; or as such a form without its id."""
+        texts = _texts(row)
+        if not texts or ERASED in texts:
             return None
-        hashes = [keyed(self.key, text) for text in _contents(row)]
+        hashes = [keyed(self.key, form) for form in _contents(row)]
         for hashed in hashes:
             if hashed in self.stones:
                 return hashed
         if "id" in row and not self.known.intersection(hashes):
             return self.by_id.get(keyed_id(self.key, row["id"]))
-        return None
+        return self.shown.get(texts)
 
     def learn_texts(self, rows: Iterable[Row]) -> None:
         """Takes in the texts of rows: of erased ones to search for them, of others because they may be quoted."""
@@ -53,26 +63,27 @@ class Erased:
             if (texts := _texts(row)) and ERASED not in texts:
                 hashed = self.match(row)
                 if hashed is None:
-                    self.others.update(map(_plain, texts))
+                    self.others.add(texts)
                 else:
-                    self.texts.setdefault(hashed, texts)
+                    self.shown[texts] = hashed
 
-    def needles(self) -> dict[str, list[list[str]]]:
-        """{hash of an erased example: alternatives}; a file quotes it if it holds all texts of one alternative. A text that is
-        too short, or that a surviving example has too, counts only together with the others."""
-        found = {}
-        for hashed, texts in self.texts.items():
-            plain = [_plain(text) for text in texts if text.strip()]
-            alone = [[text] for text in plain if len(text) >= SHORTEST and text not in self.others]
-            together = [plain] if len(plain) > 1 and sum(map(len, plain)) >= SHORTEST else []
+    def needles(self) -> Needles:
+        """What to search for. A text that is short, or that a surviving example has too, counts only with the row's others."""
+        others = {_plain(text) for texts in self.others - self.shown.keys() for text in texts}
+        found: Needles = {}
+        for texts, hashed in self.shown.items():
+            plain = tuple(text for text in map(_plain, texts) if text)
+            alone = [(text,) for text in plain if len(text) >= SHORTEST and text not in others]
+            together = [plain] if sum(map(len, plain)) >= SHORTEST and not set(plain) <= others else []
             if alone or together:
-                found[hashed] = alone or together
+                found.setdefault(hashed, []).extend(alone or together)
         return found
 
 
 def erased_rows(events: Sequence[Event], key: bytes) -> Erased:
-    """What is erased and not lifted. An id that a surviving example has too identifies nothing."""
-    stones = tombstones(events)
+    """What is erased and not lifted; what is only filtered is not. An id that a surviving example has too names nothing."""
+    claims = {event["request"]: event["claim"] for event in events if event["event"] == "erased"}
+    stones = {example: name for example, name in tombstones(events).items() if claims[name] != FILTER}
     pairs = {
         (identity, example)
         for event in events
@@ -84,7 +95,7 @@ def erased_rows(events: Sequence[Event], key: bytes) -> Erased:
     return Erased(key, stones, by_id, {example for _, example in pairs})
 
 
-def quoted(needles: Mapping[str, list[list[str]]], text: str) -> set[str]:
+def quoted(needles: Needles, text: str) -> set[str]:
     """Hashes of the erased examples that a text quotes."""
     plain = _plain(text)
     words = set(re.findall(r"\w+", plain))
@@ -107,15 +118,20 @@ def readable(path: Path) -> str:
 
 
 def json_values(raw: str, suffix: str) -> list[Any] | None:
-    """What a .json or .jsonl file holds; None for another file, or a broken one."""
+    """What a .json file or the lines of a .jsonl file hold, a broken line as text; None for another file, or a broken one."""
     try:
         if suffix == ".json":
             return [json.loads(raw)]
-        if suffix == ".jsonl":
-            return [json.loads(line) for line in raw.split("\n") if line.strip()]
     except ValueError:
         return None
-    return None
+    return [_line(line) for line in raw.split("\n") if line.strip()] if suffix == ".jsonl" else None
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # a kill can leave half a line
+        return line
 
 
 def rows_in(value: Any) -> Iterator[dict[str, Any]]:
@@ -142,7 +158,7 @@ def data_rows(path: Path) -> list[dict[str, Any]]:
         raise RunError(f"--data {path}: no such file.")
     raw = path.read_text("utf-8", errors="replace")
     if path.suffix == ".csv":
-        rows: list[dict[str, Any]] = list(csv.DictReader(raw.splitlines()))
+        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(raw, newline="")))
     else:
         rows = [row for value in json_values(raw, path.suffix) or [] for row in rows_in(value)]
     if not any(_contents(row) for row in rows):
@@ -165,7 +181,7 @@ def _contents(row: Row) -> list[str]:
     return [json.dumps(form, sort_keys=True) for form in forms]
 
 
-def _texts(row: Row) -> tuple[str, ...]:
+def _texts(row: Row) -> Texts:
     """The texts of a row's first known form; of messages, what is said."""
     for names in FORMATS:
         if all(name in row for name in names):
@@ -177,7 +193,3 @@ def _texts(row: Row) -> tuple[str, ...]:
 
 def _plain(text: str) -> str:
     return " ".join(text.split())
-
-
-def count(rows: Collection[Any], noun: str) -> str:
-    return f"{len(rows)} {noun}{'s' * (len(rows) != 1)}"
