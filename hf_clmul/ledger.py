@@ -13,6 +13,8 @@ from hf_clmul.errors import RunError
 from hf_clmul.paths import explained_writes
 
 START = "0" * 64
+CHAIN = ("n", "time", "event", "previous", "hash")
+"""What every line has beside the details of its event."""
 _BLOCK = 1 << 16  # bytes read at once from the end; most lines are far shorter
 _SEAL = re.compile(rb'.*(, "hash": "([0-9a-f]{64})"\})', re.DOTALL)
 
@@ -24,8 +26,10 @@ def append(path: Path, event: str, **details: Any) -> dict[str, Any]:
     """Adds one event and returns it as `verify` would give it: a JSON line that ends with the hash of all bytes before it, the
     hash of the line before among them. A half-written last line (a kill) is cut off. Reads the last line only.
 
-    Raises RunError if the last line is broken, or the disk is full.
+    Raises RunError if the last line is broken, or the disk is full; ValueError for a detail with a name from CHAIN.
     """
+    if not details.keys().isdisjoint(CHAIN):
+        raise ValueError(f"a ledger's line has {', '.join(CHAIN)} of its own; name the details of {event!r} otherwise")
     with explained_writes(path):
         path.touch()
         with open(path, "r+b") as file:

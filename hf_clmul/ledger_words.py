@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.ledger import CHAIN
 from hf_clmul.ledger_files import LEDGER, key_of, read_records, remembered_head
 from hf_clmul.ledger_key import KEY
 
@@ -36,7 +37,7 @@ def _what(event: dict[str, Any]) -> str:
         case "run":
             return f"{len(event['requests'])} requests, {event['processes']} process(es), recipe {_short(event['recipe_sha256'])}"
         case "data":
-            return f"{event['task']}: {event['n']} examples of {event['source']}, Merkle root {_short(event['merkle_root'])}"
+            return f"{event['task']}: {event['count']} examples of {event['source']}, Merkle root {_short(event['merkle_root'])}"
         case "request":
             return event["name"] + (", resumed" if event["resumed"] else "")
         case "finished":
@@ -46,7 +47,7 @@ def _what(event: dict[str, Any]) -> str:
             parents = ", ".join(event["parents"]) or "nothing"
             return f"{event['artefact']} ({event['kind']}), from {parents}"
         case "erased":
-            return f"{event['request']}: {event['n']} examples, {event['claim']}, {len(event['deleted'])} files deleted"
+            return f"{event['request']}: {event['count']} examples, {event['claim']}, {len(event['deleted'])} files deleted"
         case "lifted":
             return f"{event['tombstone']}, by {event['by']}"
         case "exported":
@@ -56,11 +57,8 @@ def _what(event: dict[str, Any]) -> str:
         case "redacted":
             return f"{len(event['files'])} files"
     return ", ".join(
-        f"{key}: {value}" for key, value in event.items() if isinstance(value, str | int) and key not in _CHAIN
+        f"{key}: {value}" for key, value in event.items() if isinstance(value, str | int) and key not in CHAIN
     )
-
-
-_CHAIN = ("n", "time", "event", "previous", "hash")
 
 
 def _short(digest: str | None) -> str:

@@ -158,7 +158,7 @@ def _page(records: Sequence[Record], erased: Record) -> str:
             "",
         ]
     lines += [
-        f"## Examples: {erased['n']}",
+        f"## Examples: {erased['count']}",
         "",
         "Each is shown by a keyed hash, from which nobody can find the text without the key of this ledger.",
         "",

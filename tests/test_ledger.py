@@ -185,3 +185,11 @@ def test_append_does_not_read_what_lies_before_the_last_line(path):
     ledger.append(path, "finished")
     with pytest.raises(RunError, match=":1: the chain"):
         ledger.verify(path)
+
+
+@pytest.mark.parametrize("name", ["n", "time", "previous", "hash"])
+def test_no_detail_takes_the_place_of_the_chain(path, name):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="of its own; name the details of 'data' otherwise"):
+        ledger.append(path, "data", **{name: 3})
+    assert path.read_bytes() == before
