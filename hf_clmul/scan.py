@@ -87,7 +87,7 @@ def _artefacts(root: Path, events: Sequence[Event]) -> Iterator[Finding]:
 
 
 def _descendant(found: Descendant) -> Finding:
-    of = f"{found.kind} that descends from {_count(found.rows)} which {found.request!r}"
+    of = f"{found.kind} that descends from {_count(found.rows, 'example')} which {found.request!r}"
     if found.claim == FILTER:
         return Finding("filter", found.artefact, f"{of} only filters, as the request says")
     if found.claim == APPROXIMATE and found.after and found.kind in _LIVING:
@@ -141,24 +141,24 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
         if not hashes:
             continue
         if is_evaluation(name):
-            what = f"evaluation records quote {_count(len(hashes))} that were erased"
+            what = f"evaluation records quote {_count(len(hashes))}"
             yield Finding("evaluation", name, what, "`hf-clmul scan --redact` blanks the texts and keeps the figures")
         elif name.startswith("memory/"):
             yield Finding(
                 "leftover",
                 name,
-                f"the memory holds {_count(len(hashes))} that were erased",
+                f"the memory holds {_count(len(hashes))}",
                 "delete the rows, or the memory",
             )
         else:
             todo = "delete the file, or the texts in it"
-            yield Finding("quote", name, f"quotes {_count(len(hashes))} that were erased", todo)
+            yield Finding("quote", name, f"quotes {_count(len(hashes))}", todo)
 
 
 def _unknown(erased: Erased) -> Iterator[Finding]:
     unknown = len(set(erased.stones) - set(erased.shown.values()))
     if unknown:
-        what = f"the texts of {_count(unknown)} that were erased are nowhere in plain, so no file was searched for them"
+        what = f"the texts of {_count(unknown)} are nowhere in plain, so no file was searched for them"
         yield Finding("note", "", what, "--data FILE names a file that has them")
 
 
@@ -186,5 +186,5 @@ def _name(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
 
 
-def _count(rows: int) -> str:
-    return "1 example" if rows == 1 else f"{rows} examples"
+def _count(rows: int, noun: str = "erased example") -> str:
+    return f"{rows} {noun}{'s' * (rows != 1)}"

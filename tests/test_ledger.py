@@ -77,6 +77,16 @@ def test_a_half_written_line_is_cut_off(path, half):
     assert [event["name"] for event in ledger.verify(path)][-1] == "fourth"
 
 
+def test_a_kill_at_any_byte_of_a_line_loses_that_line_alone(path):
+    whole = path.read_bytes()
+    start = whole.rstrip(b"\n").rindex(b"\n") + 1
+    for end in range(start, len(whole)):
+        path.write_bytes(whole[:end])
+        assert len(ledger.verify(path)) == ledger.head(path)["events"] == 2
+        assert ledger.append(path, "finished", name="third again")["n"] == 2
+        assert len(ledger.verify(path)) == 3
+
+
 @pytest.mark.parametrize("added", [b"not json\n", b"[1]\n", b'{"n": 3}\n', b'{"n": 3} {'])
 def test_nothing_is_added_to_a_broken_line(path, added):
     path.write_bytes(path.read_bytes() + added)
