@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.claims import claims, explained
 from hf_clmul.errors import RunError
+from hf_clmul.report_stream import (
+    LEGEND,
+    StreamMetric,
+    StreamTable,
+    Unlearned,
+    has_stream,
+    metric_rows,
+    stream_table,
+    unlearned_rows,
+)
 from hf_clmul.report_tables import (
     DASH,
     FORGET,
@@ -17,6 +28,7 @@ from hf_clmul.report_tables import (
     group_tables,
     has_unlearned,
     metric_keys,
+    metric_label,
     metric_meaning,
     sample_groups,
 )
@@ -49,6 +61,19 @@ class Training:
     missing: str | None
 
 
+@dataclass(frozen=True)
+class Stream:
+    """The matrix R as a table and as a picture of `width` pixels, its metrics, and what was unlearned."""
+
+    table: StreamTable
+    legend: str
+    picture: Picture
+    width: int
+    metrics: list[StreamMetric]
+    unlearned: list[Unlearned]
+    meanings: list[str]
+
+
 def write_report(run: Path) -> Path:
     """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
 
@@ -77,6 +102,7 @@ def write_report(run: Path) -> Path:
         tables=group_tables(results),
         reference=results["reference"],
         unlearned=has_unlearned(results),
+        stream=_stream(results, folder) if has_stream(results) else None,
         bars=_bars(results, folder),
         trainings=[_training(run, stage, folder) for stage in results["stages"] if stage["kind"] != "base"],
         samples=sample_groups(results),
@@ -107,6 +133,26 @@ def _read_results(run: Path) -> Record:
             "run the recipe again with this one."
         )
     return results
+
+
+def _stream(results: Record, folder: Path) -> Stream:
+    from hf_clmul import report_stream_figure as figures
+
+    return Stream(
+        table=stream_table(results),
+        legend=LEGEND,
+        picture=_picture(
+            lambda theme: figures.heat_map(results, theme),
+            folder / "stream.png",
+            figures.describe_heat_map(results),
+            f"{metric_label(results['stream']['score'])} of each column after each request. Framed: learned by this "
+            "request; hatched: forgotten.",
+        ),
+        width=round(96 * figures.heat_map_width(results)),
+        metrics=metric_rows(results),
+        unlearned=unlearned_rows(results),
+        meanings=[explained(claim) for claim in claims(results)],
+    )
 
 
 def _bars(results: Record, folder: Path) -> list[Picture]:
