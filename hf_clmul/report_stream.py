@@ -76,12 +76,15 @@ def stage_name(stage: Mapping[str, Any]) -> str:
 
 
 def cell_state(column: Mapping[str, Any], stage: int) -> str:
-    """What the model was to know of the column after a stage."""
+    """What the model was to know of the column after a stage. What is forgotten without having been learned, the base knew."""
     if stage in column["learned"]:
         return LEARNED
     if metrics.last_learned(column, stage) is not None:
         return KNOWN
-    return FORGOTTEN if any(t <= stage for t in column["forgotten"]) else UNSEEN
+    if any(t <= stage for t in column["forgotten"]):
+        return FORGOTTEN
+    of_base = column["forgotten"] and not any(t < min(column["forgotten"]) for t in column["learned"])
+    return KNOWN if of_base else UNSEEN
 
 
 def stream_table(results: Mapping[str, Any]) -> StreamTable:

@@ -300,6 +300,24 @@ def test_a_folder_without_a_usable_record_is_refused(tmp_path, content, message)
     assert not (tmp_path / "report").exists()
 
 
+def test_of_a_long_stream_the_last_requests_are_drawn(tmp_path):
+    results = small_results()
+    base, learn, unlearn = results["stages"]
+    log = "requests/00-learn-people/log.jsonl"
+    more = [dict(learn, stage=f"{i:02d}-learn-t{i}", title=f"after learning t{i}", log=log, steps=2) for i in range(11)]
+    results["stages"] = [base, *more, unlearn]
+    page = page_of(tmp_path, results)
+    drawn = {path.name for path in (tmp_path / "report").glob("*-losses.png")}
+    assert drawn == {f"{i:02d}-learn-t{i}-losses.png" for i in range(4, 11)}  # and the unlearn request, without a log
+    assert (
+        page.text.count("only the last 8 requests are drawn; requests/00-learn-people/log.jsonl has the numbers") == 4
+    )
+    assert "5 stages after the first one are left out here" in page.text
+    alt = page.attributes("img")[0]["alt"]
+    assert "0.061 before learning, 0.974 after learning t5, " in alt and "after learning t4" not in alt
+    assert len(page.tables[0][0]) == 1 + 13 + 2  # the tables have all stages
+
+
 def small_stream():
     results = fake_stream()
     for stage in results["stages"]:

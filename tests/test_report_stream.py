@@ -32,6 +32,20 @@ def test_a_task_that_returns_is_known_again():
     assert states == ["unseen", "learned", "forgotten", "forgotten", "learned", "known"]
 
 
+def test_what_the_base_knew_is_known_until_it_is_forgotten():
+    of_base = {"learned": [], "forgotten": [2]}
+    assert [report_stream.cell_state(of_base, t) for t in range(4)] == ["known", "known", "forgotten", "forgotten"]
+    back = {"learned": [3], "forgotten": [1]}
+    assert [report_stream.cell_state(back, t) for t in range(5)] == [
+        "known",
+        "forgotten",
+        "forgotten",
+        "learned",
+        "known",
+    ]
+    assert report_stream.cell_state({"learned": [4], "forgotten": []}, 3) == "unseen"
+
+
 def test_metrics_have_their_formulas_and_signs():
     rows = {row.label: row.value for row in report_stream.metric_rows(fake_stream())}
     assert rows == {

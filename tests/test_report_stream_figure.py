@@ -43,12 +43,15 @@ def test_forgotten_cells_are_hatched_and_learned_ones_framed():
 def test_a_higher_score_is_nearer_to_full_colour():
     for theme in (report_figures.LIGHT, report_figures.DARK):
         axes = drawn(fake_stream(), theme)
-        filled = [patch for patch in axes.patches if patch.get_facecolor()[3] > 0]
-        full = to_rgb(theme.roles["retain"])
         scores = [value for row in fake_stream()["stream"]["matrix"] for value in row]
+        [mesh] = axes.collections
+        colours = mesh.to_rgba(mesh.get_array()).reshape(-1, 4)
+        assert to_rgb(axes.get_facecolor()) == to_rgb(theme.surface)  # what lies behind a cell that was not measured
+        assert (colours[:, 3] == 0).tolist() == [score is None for score in scores]
+        full = to_rgb(theme.roles["retain"])
         far = {
-            score: sum(abs(a - b) for a, b in zip(patch.get_facecolor()[:3], full, strict=True))
-            for score, patch in zip(scores, filled, strict=True)
+            score: sum(abs(a - b) for a, b in zip(colour[:3], full, strict=True))
+            for score, colour in zip(scores, colours, strict=True)
             if score is not None
         }
         ordered = sorted(far)
@@ -62,6 +65,7 @@ def test_many_columns_have_no_numbers_and_stay_within_the_page():
     columns += [dict(columns[0], name=f"task ${i}") for i in range(97)]
     results["stream"]["matrix"] = [[*row, *[1.0] * 97] for row in results["stream"]["matrix"]]
     axes = drawn(results)
+    assert len(describe_heat_map(results)) < 100
     assert not axes.texts and heat_map_width(results) == 11.0
     assert report_figures.png(axes.figure).startswith(b"\x89PNG")
 
