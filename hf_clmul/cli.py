@@ -172,6 +172,9 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
         console().print(table)
         for row in rows:
             say(f"{row['request']}: {row['how']} ({row['why']})")
+            if row["instead"]:
+                again = ", ".join(row["instead"]["trainings"])
+                say(f"  exact would be to train again, without these rows: {again} ({row['instead']['steps']:,} steps)")
 
 
 def _count(number: int | None) -> str:

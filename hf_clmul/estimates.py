@@ -6,14 +6,17 @@ from typing import Any
 
 from hf_clmul.data.sources import encode_dataset
 from hf_clmul.errors import RecipeError
+from hf_clmul.exactness import exact_instead, why
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
+from hf_clmul.job_steps import draws, optimizer_steps
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
 from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
-from hf_clmul.plan import Step, draws, optimizer_steps
-from hf_clmul.recipe_schema import Learn, Recipe
+from hf_clmul.plan import APPROXIMATE, Job, Step
+from hf_clmul.recipe_schema import Recipe
+from hf_clmul.recipe_streams import BASE
 from hf_clmul.training_args import ClmulConfig
 
 
@@ -29,32 +32,60 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
     else:
         model, tokenizer = load_architecture(recipe.model)
     if recipe.adapter is not None:
-        task = next(request.task for request in recipe.requests if isinstance(request, Learn))
-        model = adapters.attach_task(model, recipe.adapter, task, 0)  # `trainable` may name it
+        model = adapters.attach_task(model, recipe.adapter, "any", 0)  # `trainable` may name it
+    lengths: dict[tuple[int, int | None], int] = {}
     entries = []
     for step in steps:
-        training = recipe.request_training(step.index)
-        length = training.get("max_length", ClmulConfig.max_length)
-        means = [
-            _mean([len(row["input_ids"]) for row in encode_dataset(rows, tokenizer, length, f"{step.name}, {role}")])
-            for role, rows in step.roles.items()
-        ]
-        terms = recipe.unlearning.forget if step.kind == "unlearn" else {}
-        edited = any(TERMS[name].edit for name in terms)
-        tokens = 0 if edited else sum(means) * draws(step, training)
-        if reinforced := _reinforced(terms):
-            tokens += reinforced.epochs * len(step.roles["forget"]) * means[list(step.roles).index("forget")]
+        jobs = [_job(recipe, step, job, tokenizer, lengths) for job in step.jobs]
+        shown = {} if not step.jobs else _size(recipe, step, step.jobs[0], model)
         entries.append({
             "request": step.name, "examples": {role: len(rows) for role, rows in step.roles.items()},
-            "steps": 0 if edited else optimizer_steps(step, training), "tokens": round(tokens),
-            "how": step.how, "why": _why(recipe, step), **_size(recipe, step, model),
+            "steps": sum(steps for steps, _ in jobs), "tokens": round(sum(tokens for _, tokens in jobs)),
+            "how": step.how, "why": why(recipe, steps, step), "parts": [job.part for job in step.jobs if job.part],
+            "remembered": sum(map(len, step.memory.values())), "instead": _instead(recipe, steps, step),
+            **{"trainable_parameters": 0, "memory_bytes": None, **shown},
         })  # fmt: skip
     return entries
 
 
-def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
+def _instead(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any] | None:
+    """What an approximate request would have to train again to be exact, {"trainings", "steps"}; None for any other."""
+    if step.how != APPROXIMATE or step.request.from_task == BASE:
+        return None
+    trainings, count = exact_instead(recipe, steps, step)
+    return {"trainings": trainings, "steps": count}
+
+
+def _job(
+    recipe: Recipe, step: Step, job: Job, tokenizer: Any, lengths: dict[tuple[int, int | None], int]
+) -> tuple[int, float]:
+    """Optimizer steps and tokens of one training."""
+    training = recipe.request_training(job.settings_of)
+    most = training.get("max_length", ClmulConfig.max_length)
+    means = {
+        role: _mean_length(rows, tokenizer, most, lengths, f"{step.name}, {role}") for role, rows in job.roles.items()
+    }
+    terms = recipe.unlearning.forget if "forget" in job.roles else {}
+    edited = any(TERMS[name].edit for name in terms)
+    tokens = 0 if edited else sum(means.values()) * draws(job, training)
+    if reinforced := _reinforced(terms):
+        tokens += reinforced.epochs * len(job.roles["forget"]) * means["forget"]
+    return 0 if edited else optimizer_steps(job, training), tokens
+
+
+def _mean_length(
+    rows: Sequence[Any], tokenizer: Any, most: int | None, lengths: dict[tuple[int, int | None], int], what: str
+) -> float:
+    """Mean number of tokens; a row that many requests meet is encoded once."""
+    new = [row for row in rows if (id(row), most) not in lengths]
+    found = encode_dataset(new, tokenizer, most, what)
+    lengths |= {(id(row), most): len(one["input_ids"]) for row, one in zip(new, found, strict=True)}
+    return sum(lengths[id(row), most] for row in rows) / len(rows)
+
+
+def _size(recipe: Recipe, step: Step, job: Job, model: Any) -> dict[str, int]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    section = recipe.learning if step.kind == "learn" else recipe.unlearning
+    section = recipe.learning if "learn" in job.roles else recipe.unlearning
     trained = [p for p in model.parameters() if p.requires_grad]
     if section.trainable is not None:
         try:
@@ -62,22 +93,23 @@ def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
         except ValueError as error:
             raise RecipeError(f"request {step.name}: {error}") from error
     count, once = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
-    kept = _teacher_is_a_copy(recipe, step)
-    kept += step.kind == "unlearn" and _reinforced(recipe.unlearning.forget) is not None
-    choosing, salient = _of_saliency(recipe, step, count, once)
+    kept = _teacher_is_a_copy(recipe, job)
+    kept += "forget" in job.roles and _reinforced(recipe.unlearning.forget) is not None
+    choosing, salient = _of_saliency(recipe, job, count, once)
     return {
         "trainable_parameters": count,
-        "memory_bytes": weights + kept * once + max(choosing, _copies(recipe, step) * once + salient),
+        "memory_bytes": weights + kept * once + max(choosing, _copies(recipe, job) * once + salient),
     }
 
 
-def _copies(recipe: Recipe, step: Step) -> int:
+def _copies(recipe: Recipe, job: Job) -> int:
     """Of what trains, in a step: gradient, two AdamW moments, a snapshot for each further role, the state of the
     conflict rule, what a look ahead puts back, and what measuring the change keeps."""
-    rule = CONFLICT_RULES[rule_name(recipe.unlearning.conflict)]
-    roles, ahead = len(step.roles), recipe.unlearning.lookahead is not None
+    learns = "learn" in job.roles
+    rule = CONFLICT_RULES[rule_name((recipe.learning if learns else recipe.unlearning).conflict)]
+    roles, ahead = len(job.roles), not learns and recipe.unlearning.lookahead is not None
     compares = roles > 1 and (ahead or bool(rule.needs & {"gram", "gradients"}))
-    measures = recipe.request_training(step.index).get("change_steps", 0) > 0
+    measures = recipe.request_training(job.settings_of).get("change_steps", 0) > 0
     snapshots = roles - 1 if compares or measures else 0
     if compares:
         snapshots += ("state" in rule.needs) + ahead
@@ -85,10 +117,10 @@ def _copies(recipe: Recipe, step: Step) -> int:
     return 3 + snapshots + (roles + 1 + (roles == 1) if measures else 0)
 
 
-def _of_saliency(recipe: Recipe, step: Step, count: int, once: int) -> tuple[int, int]:
+def _of_saliency(recipe: Recipe, job: Job, count: int, once: int) -> tuple[int, int]:
     """(bytes while weights are chosen, before any step; bytes in every step). A mask has a byte for each weight."""
     wanted = recipe.unlearning.saliency
-    if step.kind == "learn" or wanted is None:
+    if "learn" in job.roles or wanted is None:
         return 0, 0
     masks = (wanted.train is not None) * count
     marked = (wanted.trim is not None) * count
@@ -97,32 +129,17 @@ def _of_saliency(recipe: Recipe, step: Step, count: int, once: int) -> tuple[int
     return 2 * once + 4 * count + masks + marked, masks + held
 
 
-def _teacher_is_a_copy(recipe: Recipe, step: Step) -> bool:
+def _teacher_is_a_copy(recipe: Recipe, job: Job) -> bool:
     """A new adapter is its own teacher when switched off; whatever else trains is copied."""
-    wanted = {"learn": recipe.learning.learn, "forget": recipe.unlearning.forget, "retain": recipe.unlearning.retain}
-    wants = any("teacher" in active.term.needs for role in step.roles for active in active_terms(role, wanted[role]))
-    return wants and not (step.kind == "learn" and recipe.adapter is not None)
+    learns = "learn" in job.roles
+    wanted = {
+        "learn": recipe.learning.learn, "forget": recipe.unlearning.forget, "retain": recipe.unlearning.retain,
+        "memory": recipe.learning.memory if learns else recipe.unlearning.memory,
+    }  # fmt: skip
+    wants = any("teacher" in active.term.needs for role in job.roles for active in active_terms(role, wanted[role]))
+    return wants and not (learns and recipe.adapter is not None)
 
 
 def _reinforced(terms: Mapping[str, Any]) -> Any:
     """The settings of the training on the forget data that a term asks for before its own, or None."""
     return next((t.preparation for t in active_terms("forget", terms) if "reinforced" in t.term.needs), None)
-
-
-def _mean(numbers: Sequence[int]) -> float:
-    return sum(numbers) / len(numbers)
-
-
-def _why(recipe: Recipe, step: Step) -> str:
-    if step.kind == "learn":
-        return "new adapter" if recipe.adapter is not None else "all weights are trained"
-    if not recipe.unlearning.retain:
-        return "no retain term: nothing holds the rest in place"
-    if "retain" not in step.roles:
-        return "nothing else was learned: there is no retain data"
-    part = (
-        "the task's adapter is trained further in place"
-        if recipe.adapter is not None
-        else "all weights are trained further"
-    )
-    return f"{part}; its weights have seen the forget data, so erasure is measured and not proved"

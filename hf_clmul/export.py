@@ -2,9 +2,11 @@
 with the live model. Knows files and loaders; nothing of requests or training."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import copy
 from typing import Any
 
 import torch
@@ -17,69 +19,116 @@ from hf_clmul.models.loading import Loaded
 from hf_clmul.paths import atomic_folder
 from hf_clmul.run_folder import TRAINED, RunFolder
 
-# Merging rounds W + BA once to the dtype of W, so logits differ by a few of its steps; everything else is bit-equal.
-MERGE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+# A merge rounds W + BA once, and a combination sums in another order: logits differ by a few roundings. All else is bit-equal.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+COMBINED = "combined"
 REPORT = "Please report this, with the output of `hf-clmul env`."
 
 
-def save_state(model: Any, folder: Path, trained: dict[str, Any]) -> None:
-    """The weights that train, as a request left them: where the next one starts. `trained` is kept beside them."""
+def save_state(model: Any, folder: Path, trained: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """The weights that train, as a training left them: where the next one starts. `trained` is kept beside them, and what
+    `write` adds."""
     with atomic_folder(folder) as aside:
         if isinstance(model, PeftModel):
-            adapters.save(model, model.active_adapter, aside)
+            adapters.save(model, adapters.trained(model), aside)
         else:
             model.save_pretrained(aside)
+        write(aside)
         (aside / TRAINED).write_text(json.dumps(trained) + "\n", "utf-8")
 
 
 def load_state(model: Any, folder: Path) -> None:
     """Reads what `save_state` or a checkpoint wrote into the live model."""
     if isinstance(model, PeftModel):
-        adapters.load(model, model.active_adapter, folder)
+        adapters.load(model, adapters.trained(model), folder)
     else:
         saved = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
         model.load_state_dict(saved.state_dict())
 
 
-def task_of(model: PeftModel) -> str:
-    """The task that the active adapter holds."""
-    return model.active_adapter.removeprefix(adapters.TASK)
+@dataclass(frozen=True)
+class Wanted:
+    """What is exported: `parts`, the adapters in `model/`, in order; `each`, of every task that is left its own (several for
+    a divided task); `merge`: into the base. Without adapters all is empty."""
 
+    parts: tuple[str, ...] = ()
+    each: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    merge: bool = False
 
-def export_kind(model: Any, merge: bool) -> str:
-    """What `model/` will be: a "full" model, an "adapter", or one "merged" into its base."""
-    return "full" if not isinstance(model, PeftModel) else "merged" if merge else "adapter"
+    @property
+    def kind(self) -> str:
+        """What `model/` will be: a "full" model, an "adapter", several "combined" into one, or "merged" into the base."""
+        return (
+            "full" if not self.parts else "merged" if self.merge else "adapter" if len(self.parts) == 1 else "combined"
+        )
 
 
 def export(
-    loaded: Loaded, model: Any, folder: RunFolder, kind: str, card: str, probe: Sequence[list[int]]
+    loaded: Loaded, model: Any, folder: RunFolder, wanted: Wanted, card: str, probe: Sequence[list[int]]
 ) -> dict[str, Any]:
-    """Writes `model/` (and `adapters/TASK`), with `card` as its README, and verifies it on `probe` (token ids).
+    """Writes `model/` and `adapters/TASK`, with `card` as the README of the model, and verifies them on `probe` (token ids).
 
-    Returns {"kind", "max_difference" (of logits), "tolerance"}. Raises RunError if what was loaded back differs; the folder
-    stays as it was then.
+    Returns {"kind", "max_difference" (of logits), "tolerance"} of `model/`. Raises RunError if what was loaded back differs;
+    the folder stays as it was then. Adapters of tasks that are no longer there are deleted.
     """
-    live = _logits(model, probe)
-    if kind == "merged":
-        with atomic_folder(folder.adapters / task_of(model)) as aside:
-            adapters.save(model, model.active_adapter, aside, loaded.base)
-            back = _load_back(loaded, aside, model, "adapter")
-            _check(back, live, probe, 0.0, folder.adapters)
-        whole = back.merge_and_unload()
-    with atomic_folder(folder.model) as aside:
-        if kind == "adapter":
-            adapters.save(model, model.active_adapter, aside, loaded.base)
+    kind, tolerance = (
+        wanted.kind,
+        0.0 if wanted.kind in ("adapter", "full") else TOLERANCE[next(model.parameters()).dtype],
+    )
+    live = _logits(model, wanted.parts, probe)
+    with _as_one(model, wanted.parts) as one, atomic_folder(folder.model) as aside:
+        if wanted.merge:
+            adapters.save(model, one, aside, loaded.base)
+            whole = _load_back(loaded, aside, model, "adapter").merge_and_unload()
+            for name in (adapters.WEIGHTS, adapters.CONFIG):
+                (aside / name).unlink()
+            whole.save_pretrained(aside)
+        elif kind == "full":
+            model.save_pretrained(aside)
         else:
-            (whole if kind == "merged" else model).save_pretrained(aside)
+            adapters.save(model, one, aside, loaded.base)
         loaded.tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card, "utf-8")
-        tolerance = MERGE_TOLERANCE[live.dtype] if kind == "merged" else 0.0
-        difference = _check(_load_back(loaded, aside, model, kind), live, probe, tolerance, folder.model)
-    if kind == "adapter":
-        with atomic_folder(folder.adapters / task_of(model)) as aside:
-            for name in (adapters.WEIGHTS, adapters.CONFIG):
-                copy(folder.model / name, aside / name)
+        back = _load_back(loaded, aside, model, "full" if kind in ("full", "merged") else "adapter")
+        difference = _check(back, live, probe, tolerance, folder.model)
+        del back
+    for task, parts in wanted.each.items():
+        _export_task(loaded, model, folder, task, parts, probe, same=not wanted.merge and parts == wanted.parts)
+    for place in folder.adapters.glob("*") if folder.adapters.is_dir() else ():
+        if place.name not in wanted.each:
+            shutil.rmtree(place)
     return {"kind": kind, "max_difference": difference, "tolerance": tolerance}
+
+
+def _export_task(
+    loaded: Loaded, model: Any, folder: RunFolder, task: str, parts: tuple[str, ...], probe: Sequence[list[int]],
+    same: bool,
+) -> None:  # fmt: skip
+    """`adapters/TASK`. `same`: it is what was just verified in `model/`."""
+    with atomic_folder(folder.adapters / task) as aside:
+        if same:
+            for name in (adapters.WEIGHTS, adapters.CONFIG):
+                shutil.copy(folder.model / name, aside / name)
+            return
+        with _as_one(model, parts) as one:
+            adapters.save(model, one, aside, loaded.base)
+        tolerance = 0.0 if len(parts) == 1 else TOLERANCE[next(model.parameters()).dtype]
+        _check(
+            _load_back(loaded, aside, model, "adapter"), _logits(model, parts, probe), probe, tolerance, folder.adapters
+        )
+
+
+@contextmanager
+def _as_one(model: Any, parts: Sequence[str]) -> Iterator[str]:
+    """The name of one adapter that does what these do together; a combination is there for the block only."""
+    if len(parts) < 2:
+        yield parts[0] if parts else ""
+        return
+    adapters.together(model, parts, COMBINED)
+    try:
+        yield COMBINED
+    finally:
+        adapters.remove(model, COMBINED)
 
 
 def _load_back(loaded: Loaded, folder: Path, model: Any, kind: str) -> Any:
@@ -94,7 +143,7 @@ def _load_back(loaded: Loaded, folder: Path, model: Any, kind: str) -> Any:
 
 def _check(back: Any, live: torch.Tensor, probe: Sequence[list[int]], tolerance: float, place: Path) -> float:
     """The largest difference of logits. Raises RunError if it is above the tolerance, or not a number."""
-    found = _logits(back, probe)
+    found = _logits(back, (), probe) if not isinstance(back, PeftModel) else _logits(back, ("default",), probe)
     if found.shape != live.shape:
         raise RunError(
             f"the exported model has logits of the shape {tuple(found.shape)} and the trained one {tuple(live.shape)}. "
@@ -110,10 +159,11 @@ def _check(back: Any, live: torch.Tensor, probe: Sequence[list[int]], tolerance:
 
 
 @torch.no_grad()
-def _logits(model: Any, probe: Sequence[list[int]]) -> torch.Tensor:
-    """Logits of each probe text, one after the other, [sum of lengths, V]."""
+def _logits(model: Any, parts: Sequence[str], probe: Sequence[list[int]]) -> torch.Tensor:
+    """Logits with these adapters active of each probe text, one after the other, [sum of lengths, V]."""
     mode, device = model.training, next(model.parameters()).device
-    model.eval()
-    rows = [model(input_ids=torch.tensor([ids], device=device)).logits[0] for ids in probe]
+    with adapters.serving(model, parts) as serving:
+        serving.eval()
+        rows = [serving(input_ids=torch.tensor([ids], device=device)).logits[0] for ids in probe]
     model.train(mode)
     return torch.cat(rows)

@@ -1,198 +1,312 @@
-"""What a recipe will do, worked out from its data before anything is trained: the examples of each role in each request.
-Knows recipes and data; nothing of models."""
+"""What a recipe will do, worked out from its data before anything is trained: the examples of each role in each request, the
+adapters that train and those that are frozen below, what is remembered, and how exact each deletion is. Knows recipes and
+data; nothing of models."""
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil, floor
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from hf_clmul.data.encoding import example_format
-from hf_clmul.data.sources import Example, load_examples, select
+from hf_clmul.data.memory import remembered
+from hf_clmul.data.roles import derived_seed
+from hf_clmul.data.shards import affected, assign
+from hf_clmul.data.sources import Example, content, load_examples, select, shown
 from hf_clmul.errors import RecipeError
+from hf_clmul.hashes import digest
 from hf_clmul.recipe_schema import Learn, Recipe, Unlearn
+from hf_clmul.recipe_streams import BASE, STREAM
+
+Roles = dict[str, list[Example]]
+DELETION, RETRAINING, APPROXIMATE, FILTER = (
+    "exact by deletion", "exact by partial retraining", "approximate", "filter",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a request: what it trains on which examples.
+
+    `label` is what its seeds derive from: it has no place in the order of requests, so that a history without a deleted task
+    has the same. `part` is its folder below the request's. `active` are the adapters of the stack while it trains, in order,
+    of which `adapter` trains; None and () without adapters. `settings_of` is the request whose terms and training it uses.
+    `fresh`: from a new adapter, even where there is one of the name.
+    """
+
+    label: str
+    roles: Roles
+    settings_of: int
+    adapter: str | None = None
+    active: tuple[str, ...] = ()
+    part: str = ""
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
 class Step:
-    """One request, ready to be carried out. `name` is its folder's; `roles` maps a role to its examples."""
+    """One request, ready to be carried out. `name` is its folder's; `roles` maps a role to its examples.
+
+    After it, `stack` are the adapters that tasks share, `own` those of each isolated task that is left, `memory` what is
+    remembered of each task, and `gone` what is unlearned, by content, with the request that did it. `removed` are adapters
+    that it deletes.
+    """
 
     index: int
     name: str
     request: Learn | Unlearn
-    roles: dict[str, list[Example]]
+    roles: Roles
+    jobs: tuple[Job, ...] = ()
+    how: str = "training"
+    stack: tuple[str, ...] = ()
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+    memory: Mapping[str, list[Example]] = field(default_factory=dict)
+    gone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         return "learn" if isinstance(self.request, Learn) else "unlearn"
 
     @property
-    def how(self) -> str:
-        return "training" if self.kind == "learn" else "approximate"
+    def what(self) -> str:
+        """The task that is learned, or the name of what is unlearned."""
+        return self.request.task if isinstance(self.request, Learn) else self.request.name
 
     @property
     def title(self) -> str:
-        what = self.request.task if isinstance(self.request, Learn) else self.request.name
-        return f"after {self.kind}ing {what}"
+        return f"after {self.kind}ing {self.what}"
+
+    @cached_property
+    def digests(self) -> dict[str, Any]:
+        """Of the examples of each role, and of those of each of several jobs."""
+        parts = {job.part: {role: digest(rows) for role, rows in job.roles.items()} for job in self.jobs if job.part}
+        return {**{role: digest(rows) for role, rows in self.roles.items()}, **({"parts": parts} if parts else {})}
+
+
+@dataclass
+class _Task:
+    """A task between two requests: its rows that are not forgotten and, of an isolated one, how they are divided."""
+
+    rows: list[Example]
+    learned_by: int
+    isolated: bool = False
+    divided: bool = False
+    parts: dict[tuple[int, int], list[Example]] = field(default_factory=dict)
+
+    def adapter(self, name: str, part: tuple[int, int]) -> str:
+        """The name of the adapter of a part. Task names have no capitals, so that it is no other task's."""
+        return f"{name}S{part[0]}R{part[1]}" if self.divided else name
 
 
 def plan_steps(recipe: Recipe) -> list[Step]:
-    """The steps of a recipe. Raises RecipeError for what cannot be carried out, and if data is missing, empty, or shared between
-    forget and retain."""
-    _check_adapter(recipe)
-    learned: dict[str, list[Example]] = {}
-    forgotten: set[str] = set()
-    steps = []
+    """The steps of a recipe. Raises RecipeError for what cannot be carried out, and if data is missing, empty, tombstoned, or
+    shared between forget and retain."""
+    stream = _Stream(recipe)
     for i, request in enumerate(recipe.requests):
-        if isinstance(request, Learn):
-            name, roles = f"{i:02d}-learn-{request.task}", {"learn": _to_learn(recipe, request, i)}
-            learned[request.task] = roles["learn"]
-            forgotten -= {_content(example) for example in roles["learn"]}
+        stream.learn(i, request) if isinstance(request, Learn) else stream.unlearn(i, request)
+    return stream.steps
+
+
+class _Stream:
+    """The stream between two requests."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.steps = recipe, []
+        self.tasks: dict[str, _Task] = {}
+        self.gone: dict[str, str] = {}
+        self.stack: list[str] = []
+        self.times: Counter[str] = Counter()
+        self.met: set[str] = set()  # what any training has seen that isolated tasks have no part in
+        self.shares_one = recipe.adapter is not None and recipe.adapter.strategy != "stacked"
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def learn(self, i: int, request: Learn) -> None:
+        rows = load_examples(self.recipe.data[request.data], request.data)
+        rows = select(rows, request.where, f"requests.{i}.learn.where")
+        self._check_tombstones(rows, request, i)
+        self.gone = {text: name for text, name in self.gone.items() if name not in request.lifts}
+        label = self._label(f"learn-{request.task}")
+        roles = {"learn": rows, "memory": self._replayed(request)}
+        if request.isolated:
+            divided = request.shards * request.slices > 1
+            task = _Task(list(rows), i, True, divided, self._parts(request, rows))
+            jobs = _jobs_of_parts(request.task, task, list(task.parts))
         else:
-            name = f"{i:02d}-unlearn-{request.name}"
-            roles = _to_unlearn(recipe, request, i, learned, forgotten)
-            forgotten |= {_content(example) for example in roles["forget"]}
-            if not recipe.unlearning.retain:  # no term: it forgets without retaining
-                roles["retain"] = []
-        steps.append(Step(i, name, request, {role: rows for role, rows in roles.items() if rows}))
-    return steps
+            before = self.tasks[request.task].rows if request.task in self.tasks else []
+            known = {content(row) for row in rows}
+            task = _Task([row for row in before if content(row) not in known] + list(rows), i)
+            jobs = [self._shared_job(label, roles, i, self._shared_adapter(request.task))]
+        self.tasks[request.task] = task
+        self._add(i, f"{i:02d}-learn-{request.task}", request, roles, jobs, "training")
 
-
-def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
-    """Whole groups to evaluate: everything that will be forgotten, everything else learned, and the held-out data.
-
-    Raises RecipeError if data is trained on that `evaluation` declares never to be.
-    """
-    forget: dict[str, Example] = {}
-    learned: dict[str, Example] = {}
-    for step in steps:
-        learns, forgets = ({_content(e): e for e in step.roles.get(role, [])} for role in ("learn", "forget"))
-        learned |= learns
-        forget = {content: e for content, e in {**forget, **forgets}.items() if content not in learns}
-    retain = [example for content, example in learned.items() if content not in forget]
-    named = {
-        group: load_examples(recipe.data[name], name) if name is not None else []
-        for group, name in (("held_out", recipe.evaluation.held_out), ("forget", recipe.evaluation.forget))
-    }
-    for group, rows in named.items():
-        overlap = {_content(example) for example in rows} & set(learned)
-        if overlap:
-            raise RecipeError(
-                f"evaluation.{group}: {len(overlap)} of its examples are learned too, such as "
-                f"{_shown(next(iter(overlap)))}. This data must never be trained on."
-            )
-    forget |= {_content(example): example for example in named["forget"]}
-    whole = {"forget": list(forget.values()), "retain": retain, "held_out": named["held_out"]}
-    return {name: rows for name, rows in whole.items() if rows}
-
-
-def texts(whole: Mapping[str, Sequence[Example]]) -> list[str]:
-    """The texts of all groups, each once, sorted: what the tokenizer of a model made from scratch is trained on. A recipe
-    that learns less but evaluates the same (a retrained reference) has the same texts."""
-    return sorted(
-        {
-            text
-            for rows in whole.values()
-            for row in rows
-            for key, value in row.items()
-            if key != "id"
-            for text in _strings(value)
+    def unlearn(self, i: int, request: Unlearn) -> None:
+        task = self.tasks.get(request.from_task)
+        forget = self._to_forget(i, request, task)
+        name, label = f"{i:02d}-unlearn-{request.name}", self._label(f"unlearn-{request.name}")
+        if task is not None and task.isolated:
+            self._check_isolated(request, i, forget)
+            jobs, removed = self._without(request, task, forget)
+            self._forgotten(request, forget)
+            self._add(i, name, request, {"forget": forget}, jobs, RETRAINING if jobs else DELETION, removed)
+            return
+        self._forgotten(request, forget)
+        unlearning = self.recipe.unlearning
+        roles = {
+            "forget": forget,
+            "retain": self._to_retain(i, request, forget) if unlearning.retain else [],
+            "memory": _flat(self._memory()) if unlearning.memory else [],
         }
-    )
+        own = f"unlearn-{request.name}" if request.from_task == BASE else request.from_task
+        how = FILTER if request.filter else APPROXIMATE
+        self._add(i, name, request, roles, [self._shared_job(label, roles, i, self._shared_adapter(own))], how)
+
+    # ---- what they need ------------------------------------------------------------------------------------------
+
+    def _add(
+        self, i: int, name: str, request: Any, roles: Roles, jobs: Sequence[Job], how: str, removed: Sequence[str] = ()
+    ) -> None:
+        filled = {role: rows for role, rows in roles.items() if rows}
+        own = {
+            name: tuple(task.adapter(name, part) for part in task.parts)
+            for name, task in self.tasks.items()
+            if task.isolated and task.parts
+        }
+        self.steps.append(
+            Step(
+                i, name, request, filled, tuple(jobs), how, tuple(self.stack), own, tuple(removed), self._memory(),
+                dict(self.gone),
+            )
+        )  # fmt: skip
+
+    def _label(self, what: str) -> str:
+        self.times[what] += 1
+        return what if self.times[what] == 1 else f"{what}-{self.times[what]}"
+
+    def _shared_adapter(self, own: str) -> str | None:
+        return None if self.recipe.adapter is None else STREAM if self.shares_one else own
+
+    def _shared_job(self, label: str, roles: Roles, i: int, adapter: str | None) -> Job:
+        self.met |= {content(row) for rows in roles.values() for row in rows}
+        if adapter is not None and adapter not in self.stack:
+            self.stack.append(adapter)
+        return Job(label, {role: rows for role, rows in roles.items() if rows}, i, adapter, tuple(self.stack))
+
+    def _parts(self, request: Learn, rows: list[Example]) -> dict[tuple[int, int], list[Example]]:
+        seed = derived_seed(self.recipe.seed, request.task, "shards")
+        return {part: found for part, found in assign(rows, request.shards, request.slices, seed).items() if found}
+
+    def _without(self, request: Unlearn, task: _Task, forget: list[Example]) -> tuple[list[Job], list[str]]:
+        """The jobs that retrain an isolated task's parts without what is forgotten, and the adapters that go."""
+        gone = {str(row["id"]) for row in forget}
+        touched = affected(task.parts, gone)
+        before = dict(task.parts)
+        left = {part: [row for row in rows if str(row["id"]) not in gone] for part, rows in before.items()}
+        task.parts = {part: rows for part, rows in left.items() if rows}
+        task.rows = [row for row in task.rows if str(row["id"]) not in gone]
+        again = [part for part in touched if part in task.parts]
+        removed = [task.adapter(request.from_task, part) for part in before if part not in task.parts]
+        return _jobs_of_parts(request.from_task, task, again), removed
+
+    def _to_forget(self, i: int, request: Unlearn, task: _Task | None) -> list[Example]:
+        key = f"requests.{i}.unlearn"
+        if request.from_task == BASE:
+            return load_examples(self.recipe.data[request.data], request.data)
+        if not task.rows:
+            raise RecipeError(f"{key}.from: nothing is left of {request.from_task!r}: it is unlearned already.")
+        if request.ids is not None:
+            by_id = {str(row["id"]): row for row in task.rows}
+            never = [name for name in request.ids if name not in by_id]
+            if never:
+                raise RecipeError(
+                    f"{key}.ids: {len(never)} of the {len(request.ids)} ids were never learned in {request.from_task!r}, or are "
+                    f"unlearned already, such as {never[0]!r}; ids there: {', '.join(list(by_id)[:4])}, ..."
+                )
+            return [by_id[name] for name in dict.fromkeys(request.ids)]
+        if request.data is None:
+            return select(task.rows, request.where, f"{key}.where")
+        named = {content(e): e for e in load_examples(self.recipe.data[request.data], request.data)}
+        found = [e for e in task.rows if content(e) in named]
+        _check_learned(named, found, request, i)
+        # Its other columns, such as paraphrases, are wanted for the evaluation.
+        return [{**named[content(e)], **e} for e in found]
+
+    def _to_retain(self, i: int, request: Unlearn, forget: list[Example]) -> list[Example]:
+        """What was learned and not forgotten, less isolated tasks, which no other request may meet; or the data named."""
+        if request.retain is not None:
+            rest = load_examples(self.recipe.data[request.retain], request.retain)
+        else:
+            rest = [row for task in self.tasks.values() if not task.isolated for row in task.rows]
+        shared = {content(e) for e in forget} & {content(e) for e in rest}
+        if shared:
+            raise RecipeError(
+                f"requests.{i}.unlearn: forget and retain share {len(shared)} examples, such as "
+                f"{shown(next(iter(shared)))}. The same text cannot be forgotten and kept: remove duplicates "
+                f"from the data, or widen `{'data' if request.data is not None else 'where'}`."
+            )
+        return rest
+
+    def _check_isolated(self, request: Unlearn, i: int, forget: list[Example]) -> None:
+        """Raises RecipeError for rows that another task has met too: to delete the adapter would not erase them."""
+        others = [t for name, t in self.tasks.items() if t.isolated and name != request.from_task]
+        met = self.met | {content(row) for task in others for row in task.rows}
+        if found := [row for row in forget if content(row) in met]:
+            raise RecipeError(
+                f"requests.{i}.unlearn: {len(found)} of the rows to forget were learned outside {request.from_task!r} too, such as "
+                f"{shown(content(found[0]))}, so that to delete its adapter would not erase them: remove duplicates from the "
+                "data, or unlearn them from the other task first."
+            )
+
+    def _forgotten(self, request: Unlearn, forget: list[Example]) -> None:
+        ids = {str(row["id"]) for row in forget}
+        task = self.tasks.get(request.from_task)
+        if task is not None:
+            task.rows = [row for row in task.rows if str(row["id"]) not in ids]
+        self.gone |= {content(row): request.name for row in forget}
+
+    def _check_tombstones(self, rows: list[Example], request: Learn, i: int) -> None:
+        """Raises RecipeError for rows that were unlearned, unless the request lifts their tombstone by name."""
+        buried = [row for row in rows if self.gone.get(content(row), "") not in ("", *request.lifts)]
+        if buried:
+            name = self.gone[content(buried[0])]
+            raise RecipeError(
+                f"requests.{i}.learn: {len(buried)} of its {len(rows)} rows were unlearned by {name!r}, such as "
+                f"{shown(content(buried[0]))}. Leave them out with `where`, or, if they may come back, say so: `lifts: [{name}]`."
+            )
+
+    def _memory(self) -> dict[str, list[Example]]:
+        if self.recipe.memory is None:
+            return {}
+        shared = {name: task.rows for name, task in self.tasks.items() if not task.isolated and task.rows}
+        found = remembered(shared, self.recipe.memory.size, derived_seed(self.recipe.seed, "memory"))
+        return {name: rows for name, rows in found.items() if rows}
+
+    def _replayed(self, request: Learn) -> list[Example]:
+        terms = self.recipe.learning.memory if request.memory is None else request.memory
+        return _flat(self._memory()) if terms and not request.isolated else []
 
 
-def optimizer_steps(step: Step, training: dict[str, Any]) -> int:
-    """Optimizer steps of a request on one process. Several repeat examples at the end of an epoch that they cannot share
-    evenly (see ClmulTrainer)."""
-    if training.get("max_steps", -1) > 0:
-        return training["max_steps"]
-    return ceil(_epoch(step, training)[0] * training.get("num_train_epochs", 3))
+def _jobs_of_parts(name: str, task: _Task, wanted: Sequence[tuple[int, int]]) -> list[Job]:
+    """The trainings of an isolated task's parts: each on the frozen slices before it, of the same shard."""
+    jobs = []
+    for part in wanted:
+        active = tuple(task.adapter(name, p) for p in task.parts if p[0] == part[0] and p[1] <= part[1])
+        folder = f"shard{part[0]}-slice{part[1]}" if task.divided else ""
+        label = f"learn-{name}-{folder}".rstrip("-")
+        jobs.append(Job(label, {"learn": task.parts[part]}, task.learned_by, active[-1], active, folder, fresh=True))
+    return jobs
 
 
-def draws(step: Step, training: dict[str, Any]) -> int:
-    """How many examples of each role a request sees on one process, repetitions counted."""
-    per_epoch, micro_batches, anchors = _epoch(step, training)
-    epochs, rest = divmod(optimizer_steps(step, training), per_epoch)
-    batch = training.get("per_device_train_batch_size", 8)
-    whole = micro_batches * batch if training.get("dataloader_drop_last", False) else anchors
-    return epochs * whole + min(rest * training.get("gradient_accumulation_steps", 1) * batch, whole)
-
-
-def _epoch(step: Step, training: dict[str, Any]) -> tuple[int, int, int]:
-    """Optimizer steps, micro-batches and anchor examples (of `forget` or `learn`) of one pass."""
-    anchors = len(step.roles["forget" if step.kind == "unlearn" else "learn"])
-    exact = anchors / training.get("per_device_train_batch_size", 8)
-    micro_batches = floor(exact) if training.get("dataloader_drop_last", False) else ceil(exact)
-    return max(1, ceil(micro_batches / training.get("gradient_accumulation_steps", 1))), micro_batches, anchors
-
-
-def _check_adapter(recipe: Recipe) -> None:
-    """What this version cannot do with adapters, known before anything is trained."""
-    if recipe.adapter is None:
-        return
-    learns = [i for i, request in enumerate(recipe.requests) if isinstance(request, Learn)]
-    if len(learns) > 1:
-        raise RecipeError(
-            f"requests.{learns[1]}.learn: a second task would need a second adapter, which this version does not "
-            "stack yet. Learn all data as one task, or set `adapter: null` to train all weights."
-        )
-
-
-def _to_learn(recipe: Recipe, request: Learn, i: int) -> list[Example]:
-    rows = load_examples(recipe.data[request.data], request.data)
-    return select(rows, request.where, f"requests.{i}.learn.where")
-
-
-def _to_unlearn(
-    recipe: Recipe, request: Unlearn, i: int, learned: dict[str, list[Example]], gone: set[str]
-) -> dict[str, list[Example]]:
-    task, more = learned[request.from_task], {}
-    forget = select(task, request.where, f"requests.{i}.unlearn.where")
-    if request.data is not None:
-        more = {_content(e): e for e in load_examples(recipe.data[request.data], request.data)}
-        forget = [e for e in task if _content(e) in more]
-        _check_learned(more, forget, request, i)
-    if not forget:
-        raise RecipeError(
-            f"requests.{i}.unlearn: the forget set is empty: nothing of {request.from_task!r} is selected."
-        )
-    chosen = {id(example) for example in forget}
-    rest = [e for rows in learned.values() for e in rows if id(e) not in chosen and _content(e) not in gone]
-    if more:  # its other columns, such as paraphrases, are wanted for the evaluation
-        forget = [{**more[_content(e)], **e} for e in forget]
-    shared = {_content(e) for e in forget} & {_content(e) for e in rest}
-    if shared:
-        raise RecipeError(
-            f"requests.{i}.unlearn: forget and retain share {len(shared)} examples, such as "
-            f"{_shown(next(iter(shared)))}. The same text cannot be forgotten and kept: remove duplicates "
-            f"from the data, or widen `{'data' if more else 'where'}`."
-        )
-    return {"forget": forget, "retain": rest}
+def _flat(memory: Mapping[str, Sequence[Example]]) -> list[Example]:
+    return [row for rows in memory.values() for row in rows]
 
 
 def _check_learned(named: Mapping[str, Example], found: Sequence[Example], request: Unlearn, i: int) -> None:
     """Only what was learned can be forgotten: rows that `data` names beyond that are a mistake in one of the two."""
-    never = named.keys() - {_content(example) for example in found}
+    never = named.keys() - {content(example) for example in found}
     if never:
         raise RecipeError(
             f"requests.{i}.unlearn.data: {len(never)} of the {len(named)} examples of {request.data!r} were never "
-            f"learned in {request.from_task!r}, such as {_shown(min(never))}. An example is found by its text, in "
+            f"learned in {request.from_task!r}, such as {shown(min(never))}. An example is found by its text, in "
             "the same columns: mend the data, or name the task that learned it."
         )
-
-
-def _content(example: Example) -> str:
-    return json.dumps({key: example[key] for key in example_format(example)}, sort_keys=True)
-
-
-def _shown(content: str) -> str:
-    return content if len(content) < 160 else content[:157] + "..."
-
-
-def _strings(value: Any) -> list[str]:
-    """A text, or the texts of messages."""
-    if isinstance(value, list):
-        return [
-            text for message in value if isinstance(message, dict) for text in message.values() if isinstance(text, str)
-        ]
-    return [value] if isinstance(value, str) else []

@@ -3,46 +3,51 @@ odds. It works on the plain tree, so that these problems are found beside those 
 file."""
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from hf_clmul.evaluation import SUITES
 from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_parameters
-from hf_clmul.models import FAMILIES, TEACHERS
+from hf_clmul.models import FAMILIES
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.objectives.active import odd_company
-from hf_clmul.recipe_problems import Key, Problems, dotted, one_of, shown, suggestion, value_problem
+from hf_clmul.recipe_problems import Key, Problems, one_of, shown, suggestion, value_problem
 from hf_clmul.recipe_schema import Weight
+from hf_clmul.recipe_streams import check_name, check_requests, check_teacher, check_where
 from hf_clmul.recipe_training import check_training, requests
 from hf_clmul.recipe_yaml import Tree
 
 TERM_TABLES: dict[Key, str] = {  # where terms are named, and the role they play there
     ("learning", "learn"): "learn",
+    ("learning", "memory"): "memory",
     ("unlearning", "forget"): "forget",
     ("unlearning", "retain"): "retain",
+    ("unlearning", "memory"): "memory",
 }
 RULE: Key = ("unlearning", "conflict")
+RULES: tuple[Key, ...] = (("learning", "conflict"), RULE)
 BUILTIN_SPLITS = ("train", "held_out")
 
 
 def check_recipe(tree: Tree, problems: Problems) -> None:
     """Adds every problem of a recipe that the schema cannot see. Wrong types are passed over: the schema has
     them."""
-    _check_name(tree, ("family",), FAMILIES, "family", problems)
-    _check_name(tree, ("teacher",), TEACHERS, "teacher", problems)
-    _check_rule(tree, problems)
+    check_name(tree, ("family",), FAMILIES, "family", problems)
+    check_teacher(tree, problems)
+    for rule in RULES:
+        _check_rule(tree, rule, problems)
     suites = tree.get("evaluation", "suites")
     for i in range(len(suites) if isinstance(suites, list) else 0):
-        _check_name(tree, ("evaluation", "suites", i), SUITES, "suite", problems)
+        check_name(tree, ("evaluation", "suites", i), SUITES, "suite", problems)
     for section in ("learning", "unlearning"):
         _check_pattern(tree, (section, "trainable"), problems)
     _check_model(tree, problems)
     for name in tree.section("data"):
         _check_data(tree, ("data", name), problems)
     for group in ("held_out", "forget"):
-        _check_name(tree, ("evaluation", group), tree.section("data"), "data set", problems)
-    _check_requests(tree, problems)
-    for table, role in TERM_TABLES.items():
+        check_name(tree, ("evaluation", group), tree.section("data"), "data set", problems)
+    check_requests(tree, problems)
+    replays = {("requests", i, "learn", "memory"): "memory" for i, kind in requests(tree) if kind == "learn"}
+    for table, role in {**TERM_TABLES, **replays}.items():
         _check_terms(tree, table, role, problems)
     _check_edit(tree, problems)
     _check_lookahead(tree, problems)
@@ -86,7 +91,7 @@ def _check_lookahead(tree: Tree, problems: Problems) -> None:
 
 def _check_single_role(tree: Tree, problems: Problems) -> None:
     """What works between roles has nothing to work on where nothing is retained."""
-    if tree.get("unlearning", "retain") != {}:
+    if tree.get("unlearning", "retain") != {} or tree.section("unlearning", "memory"):
         return
     edits = _edits(tree)
     hint = "remove it" if edits else "remove it, or give `retain` a term"
@@ -103,34 +108,28 @@ def _rule(tree: Tree) -> str | None:
     return rule if isinstance(rule, str) else next(map(str, tree.section(*RULE)), None)
 
 
-def _check_name(tree: Tree, key: Key, valid: Iterable[str], kind: str, problems: Problems) -> None:
-    name = tree.get(*key)
-    if isinstance(name, str) and name not in valid:
-        problems.at(tree, key, f"unknown {kind}", one_of(valid), f"'{name}'", suggestion(name, valid))
-
-
-def _check_rule(tree: Tree, problems: Problems) -> None:
-    _check_name(tree, RULE, CONFLICT_RULES, "conflict rule", problems)
-    given = tree.section(*RULE)
-    if tree.get(*RULE) == {} or len(given) > 1:
+def _check_rule(tree: Tree, key: Key, problems: Problems) -> None:
+    check_name(tree, key, CONFLICT_RULES, "conflict rule", problems)
+    given = tree.section(*key)
+    if tree.get(*key) == {} or len(given) > 1:
         found = ", ".join(map(str, given))
-        problems.at(tree, RULE, "must name one rule", one_of(CONFLICT_RULES), f"'{found}'" if found else "")
+        problems.at(tree, key, "must name one rule", one_of(CONFLICT_RULES), f"'{found}'" if found else "")
         return
     for name, parameters in given.items():
         if name not in CONFLICT_RULES:
             hint = suggestion(name, CONFLICT_RULES)
             expected = one_of(CONFLICT_RULES)
-            problems.at(tree, (*RULE, name), "unknown conflict rule", expected, f"'{name}'", hint)
+            problems.at(tree, (*key, name), "unknown conflict rule", expected, f"'{name}'", hint)
             continue
         known = rule_parameters(name)
         for parameter, value in (parameters if isinstance(parameters, dict) else {}).items():
-            key = (*RULE, name, parameter)
+            at = (*key, name, parameter)
             if parameter not in known:
                 expected = one_of(known) if known else "none"
                 hint = suggestion(parameter, known)
-                problems.at(tree, key, "unknown parameter", expected, f"'{parameter}'", hint)
+                problems.at(tree, at, "unknown parameter", expected, f"'{parameter}'", hint)
             elif problem := value_problem(known[parameter][0], value):
-                problems.at(tree, key, **problem)
+                problems.at(tree, at, **problem)
 
 
 def _check_pattern(tree: Tree, key: Key, problems: Problems) -> None:
@@ -173,59 +172,19 @@ def _check_data(tree: Tree, key: Key, problems: Problems) -> None:
     data = tree.section(*key)
     path = data.get("path")
     if isinstance(path, str) and path.startswith("builtin:"):
-        _check_name(tree, (*key, "split"), BUILTIN_SPLITS, "split", problems)
+        check_name(tree, (*key, "split"), BUILTIN_SPLITS, "split", problems)
     elif isinstance(path, str) and data.get("persons") is not None:
         hint = "choose rows with `where`, or remove it"
         problems.at(tree, (*key, "persons"), "is for built-in data only", hint=hint)
-    _check_where(tree, (*key, "where"), "leave it out to take all rows", problems)
-
-
-def _check_where(tree: Tree, key: Key, hint: str, problems: Problems) -> None:
-    if tree.get(*key) == {}:
-        problems.at(tree, key, "names no column", "a column and its values", hint=hint)
-    for column, values in tree.section(*key).items():
-        if values == []:
-            problems.at(tree, (*key, column), "chooses no row", "at least one value", "an empty list", hint)
-
-
-def _check_requests(tree: Tree, problems: Problems) -> None:
-    tasks = {i: tree.get("requests", i, "learn", "task") for i, kind in requests(tree) if kind == "learn"}
-    learned: dict[str, int] = {}
-    for i, kind in requests(tree):
-        key: Key = ("requests", i, kind)
-        if kind == "unlearn":
-            _check_source(tree, (*key, "from"), tasks, learned, problems)
-            _check_where(tree, (*key, "where"), "leave it out to forget the whole task", problems)
-            _check_name(tree, (*key, "data"), tree.section("data"), "data set", problems)
-            if tree.get(*key, "data") is not None and tree.get(*key, "where") is not None:
-                problems.at(tree, (*key, "data"), f"given beside {dotted(key)}.where", hint="remove one of the two")
-            continue
-        _check_name(tree, (*key, "data"), tree.section("data"), "data set", problems)
-        _check_where(tree, (*key, "where"), "leave it out to learn all rows", problems)
-        task = tasks[i]
-        if isinstance(task, str) and task in learned:
-            what = f"the task '{task}' is already learned by requests.{learned[task]}"
-            problems.at(tree, (*key, "task"), what, hint="give each task its own name")
-        elif isinstance(task, str):
-            learned[task] = i
-
-
-def _check_source(tree: Tree, key: Key, tasks: dict[int, Any], learned: Iterable[str], problems: Problems) -> None:
-    """What is unlearned must have been learned by an earlier request."""
-    source = tree.get(*key)
-    if not isinstance(source, str) or source in learned:
-        return
-    if later := [i for i, task in tasks.items() if task == source]:
-        what = f"'{source}' is learned later, by requests.{later[0]}"
-        problems.at(tree, key, what, hint="move this request behind it")
-        return
-    expected = one_of(learned) if learned else "a task that an earlier learn request names"
-    problems.at(tree, key, "unknown task", expected, f"'{source}'", suggestion(source, learned))
+    check_where(tree, (*key, "where"), "leave it out to take all rows", problems)
 
 
 def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
     fitting = [name for name, term in TERMS.items() if role in term.roles]
-    if tree.get(*table) == {} and role != "retain":  # forgetting without retaining is a baseline of the field
+    if tree.get(*table) == {} and role not in (
+        "retain",
+        "memory",
+    ):  # to forget without retaining, and to learn without replay, are baselines
         problems.at(tree, table, "names no term", one_of(fitting))
     if problem := odd_company([name for name in tree.section(*table) if name in fitting]):
         problems.at(tree, table, problem)

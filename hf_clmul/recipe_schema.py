@@ -47,6 +47,12 @@ Rule = Annotated[
 ]
 
 
+Named = Annotated[
+    str | dict[str, dict[str, Any]],
+    Expected("a teacher, or {teacher: {parameter: value}}, such as {ema: {probability: 0.2}}"),
+]
+
+
 class Scratch(Section):
     """A small Llama with random weights, and a byte-level BPE trained on the recipe's data."""
 
@@ -80,6 +86,17 @@ class Adapter(Section):
         Literal["all"] | Annotated[str, Field(pattern=r"^last-[0-9]+$")] | list[Annotated[int, Field(ge=0)]],
         Expected("all, last-N (such as last-10) or a list of layer numbers"),
     ] = "all"
+    strategy: Literal["stacked", "single", "slao"] = Field(
+        "stacked",
+        description="one adapter a task on the frozen older ones; one trained on and on; or one merged over time",
+    )
+
+
+class Memory(Section):
+    """A fixed number of learned examples that later requests see again; never of isolated tasks, never pushed."""
+
+    size: Annotated[int, Field(ge=0)] = Field(description="examples kept in all; tasks share them evenly")
+    top_k: Count | None = Field(None, description="keep the model's likeliest tokens with each example (term `der`)")
 
 
 class Data(Section):
@@ -101,16 +118,24 @@ class Learn(Section):
     task: Name = Field(description="a name for what is learned (a-z, 0-9, - and _)")
     data: str = Field(description="a name from the section `data`")
     where: Where | None = Field(None, description="only rows whose column has one of these values")
+    isolated: bool = Field(False, description="its adapter meets no other task's data, so that unlearning it is exact")
+    shards: Count = Field(1, description="of an isolated task: parts that never meet, so that a deletion retrains one")
+    slices: Count = Field(1, description="of each shard: adapters in a row, so that a deletion keeps those before it")
+    lifts: list[str] = Field([], description="unlearn requests whose rows may be learned again")
+    memory: Terms | None = Field(None, description="in place of `learning.memory`; {} for no replay")
     training: TrainingFields = {}
 
 
 class Unlearn(Section):
-    """Unlearn a task learned before, or a part of it."""
+    """Unlearn a task learned before, a part of it, or what the base model knew from the start."""
 
     name: Name = Field(description="a name for this request (a-z, 0-9, - and _)")
-    from_task: str = Field(alias="from", description="the task to unlearn from, learned before")
+    from_task: str = Field(alias="from", description="the task to unlearn from, learned before; or `base`")
     where: Where | None = Field(None, description="the rows to forget; the whole task if left out")
+    ids: Annotated[list[str], Field(min_length=1)] | None = Field(None, description="in place of `where`: ids of rows")
     data: str | None = Field(None, description="in place of `where`: the rows to forget, as a name from `data`")
+    retain: str | None = Field(None, description="a name from `data`, in place of what was learned and not forgotten")
+    filter: bool = Field(False, description="from `base`: leave an adapter that can be switched off; not an erasure")
     training: TrainingFields = {}
 
 
@@ -126,6 +151,9 @@ class Learning(Section):
     """How learn requests train."""
 
     learn: Terms = {"nll": {}}
+    memory: Terms = {}
+    penalties: Terms = {}
+    conflict: Rule = Field("sum", description="how the gradients of `learn` and `memory` become one update")
     trainable: Trainable = None
     training: TrainingFields = {}
 
@@ -135,6 +163,10 @@ class Unlearning(Section):
 
     forget: Terms = {"npo": {}}
     retain: Terms = {"kl": {}}
+    memory: Terms = {}
+    gamma: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="weight of what is kept; that of what is forgotten is 1 - gamma"
+    )
     conflict: Rule = Field(DEFAULT_RULE, description="how the roles' gradients become one update")
     lookahead: Lookahead | None = Field(None, description="LUR: take one role's gradient where a step on another leads")
     saliency: Saliency | None = Field(
@@ -156,6 +188,9 @@ class Evaluation(Section):
     max_new_tokens: Count = 64
     batch_size: Count = 16
     reference: str | None = Field(None, description="JSON file with the figures of the retrained model")
+    score: Literal["rouge_l_recall", "answer_probability", "exact_memorization", "extraction_strength"] = Field(
+        "rouge_l_recall", description="the metric of the matrix of stages and tasks"
+    )
     samples: Annotated[int, Field(ge=0)] = Field(3, description="answers shown in the report, per group")
 
 
@@ -163,6 +198,9 @@ class Export(Section):
     """What becomes of the finished model."""
 
     merge: bool = Field(False, description="merge the adapter into the model")
+    tasks: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="whose adapters `model/` has; all that share a stack, if left out"
+    )
     push_to_hub: str | None = Field(None, description="repository id on the Hub")
     private: bool = True
 
@@ -212,11 +250,12 @@ class Recipe(Section):
     family: str = "causal_lm"
     model: Model = Field(description="a section with `path` or `scratch`")
     adapter: Adapter | None = Field(None, description="null: train all weights")
+    memory: Memory | None = Field(None, description="null: nothing is kept for later requests")
     data: dict[str, Data] = Field(description="named data sets, such as {people: {path: builtin:invented_people}}")
     requests: list[Request] = Field(min_length=1, description="a list of `- learn: {...}` and `- unlearn: {...}`")
     learning: Learning = Learning()
     unlearning: Unlearning = Unlearning()
-    teacher: str = "before_request"
+    teacher: Named = "before_request"
     training: TrainingFields = {}
     evaluation: Evaluation = Evaluation()
     export: Export = Export()

@@ -1,6 +1,6 @@
 """What the trainer cannot honour, refused before training with the reason and the remedy. It trains nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,9 +8,12 @@ from peft import LoraConfig, PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import ActiveRule
 from hf_clmul.gradients.options import Lookahead
 from hf_clmul.models import adapters
+from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.objectives.active import ActiveTerm
 
 if TYPE_CHECKING:
     from hf_clmul.training_args import ClmulConfig
@@ -24,15 +27,16 @@ def refuse(
     peft_config: Any,
     rule: ActiveRule,
     lookahead: Lookahead | None,
-    roles: Sequence[str],
+    terms: Mapping[str, Sequence[ActiveTerm]],
     given: dict[str, Any],
 ) -> None:
     """Raises ValueError, one line for each thing that cannot be honoured. `given` holds the arguments of
     `Trainer` that `ClmulTrainer` does not name."""
     sharded = bool(args.fsdp) or any(isinstance(module, FSDPModule) for module in model.modules())
     problems = [*_of_arguments(args, rule, sharded), *_of_trainer(given), *_of_model(model, peft_config)]
+    problems += _of_coupled(args, terms)
     if lookahead is not None:
-        problems += _of_lookahead(args, model, peft_config, lookahead, rule, roles)
+        problems += _of_lookahead(args, model, peft_config, lookahead, rule, list(terms))
     if problems:
         raise ValueError("ClmulTrainer cannot do what was asked:\n" + "\n".join(f"- {text}" for text in problems))
 
@@ -53,6 +57,8 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule, sharded: bool) -> list[
         (bool(args.fsdp or args.deepspeed) and args.trainable is not None,
          "trainable chooses parameters by the names of the whole model, which FSDP and DeepSpeed replace: use DDP, or an "
          "adapter with target_modules."),
+        ((sharded or args.deepspeed is not None) and teacher_choice(args.teacher)[1] is not None,
+         "teacher='ema' keeps whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP, or 'before_request'."),
         (optimizer in INSIDE_BACKWARD or "layerwise" in optimizer.value,
          f"optim={optimizer.value!r} updates weights inside the backward pass, before gradients can be combined: "
          "use 'adamw_torch' or another ordinary optimizer."),
@@ -97,6 +103,18 @@ def _of_lookahead(
     ) if wrong]  # fmt: skip
 
 
+def _of_coupled(args: "ClmulConfig", terms: Mapping[str, Sequence[ActiveTerm]]) -> list[str]:
+    names = [f"{role}/{active.name}" for role, of_role in terms.items() for active in of_role if active.term.coupled]
+    accumulated, size = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    return [f"{names[0]} compares the examples of a batch with each other, {text}" for wrong, text in (
+        (accumulated > 1, f"and gradient_accumulation_steps={accumulated} cuts the batch apart: set it to 1 and raise "
+         "per_device_train_batch_size, with activation_checkpointing where memory is short, or leave the term out."),
+        (args.world_size > 1, f"and {args.world_size} ranks each see a part of it: train with one process, or leave the term "
+         "out."),
+        (size < 2, "and per_device_train_batch_size=1 leaves nothing to compare: set it to 2 or more."),
+    ) if names and wrong]  # fmt: skip
+
+
 def _of_trainer(given: dict[str, Any]) -> list[str]:
     return [text for name, text in (
         ("data_collator", "data_collator: batches of roles are collated by the trainer; give data sets with "
@@ -120,19 +138,15 @@ def _of_model(model: Any, peft_config: Any) -> list[str]:
         ]
     if not isinstance(model, PeftModel):
         return []
-    active = model.active_adapters
-    if len(active) != 1:
+    try:
+        name = adapters.trained(model)
+    except RunError as error:
+        return [str(error)]
+    if not isinstance(model.peft_config[name], LoraConfig):
+        return [f"adapter {name!r} is a {model.peft_config[name].peft_type.value}: only LoRA adapters can be trained."]
+    if not adapters.trains_alone(model, name):
         return [
-            f"{len(active)} adapters are active ({', '.join(active)}), so that it is unclear which one to train and save: "
-            "activate one with model.set_adapter(NAME), or merge the others into the base."
-        ]
-    if not isinstance(model.peft_config[active[0]], LoraConfig):
-        return [
-            f"adapter {active[0]!r} is a {model.peft_config[active[0]].peft_type.value}: only LoRA adapters can be trained."
-        ]
-    if not adapters.trains_alone(model, active[0]):
-        return [
-            f"parameters outside adapter {active[0]!r} are trainable, but only the adapter is saved: freeze them, or train "
+            f"parameters outside adapter {name!r} are trainable, but only the adapter is saved: freeze them, or train "
             "a model without adapters."
         ]
     return []

@@ -45,7 +45,7 @@ def understood(
     several = len(terms) > 1  # one role has nothing to be in conflict with
     rule = active_rule((conflict_rule or args.conflict) if several else "sum")
     lookahead = options(Lookahead, "lookahead", args.lookahead) if several else None
-    refuse(args, model, peft_config, rule, lookahead, list(terms), dict(given or {}))
+    refuse(args, model, peft_config, rule, lookahead, terms, dict(given or {}))
     if peft_config is not None:
         model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
     check_layers(model, terms, args.trainable)

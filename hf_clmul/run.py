@@ -11,25 +11,33 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 
 from hf_clmul import ledger
+from hf_clmul.columns import evaluated, groups, texts
+from hf_clmul.data import memory
 from hf_clmul.data.encoding import encode_prompt
 from hf_clmul.data.roles import derived_seed
-from hf_clmul.data.sources import Example
-from hf_clmul.evaluation.suites import Measuring, fixed_sample, measure, summary
-from hf_clmul.export import export, export_kind
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.stream import stream_metrics, stream_record
+from hf_clmul.evaluation.suites import Measuring
+from hf_clmul.export import REPORT, Wanted, export
+from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.hub import push
 from hf_clmul.model_card import model_card
+from hf_clmul.models import adapters
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan import Step, groups, plan_steps, texts
+from hf_clmul.plan import FILTER, Step, plan_steps
 from hf_clmul.recipe import dump_recipe
-from hf_clmul.recipe_schema import Recipe
+from hf_clmul.recipe_schema import Recipe, Unlearn
+from hf_clmul.recipe_streams import BASE
 from hf_clmul.report import write_report
 from hf_clmul.results import record, reference_of, shared
-from hf_clmul.run_folder import COMPLETE, RunFolder, digest, file_hashes, recipe_sha256
+from hf_clmul.run_folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run_log import quiet_libraries
-from hf_clmul.run_request import Run, carry_out, on_main_first, prepare
+from hf_clmul.run_request import Run, carry_out, on_main_first, prepare, superseded
+from hf_clmul.run_stages import measure_stage
 from hf_clmul.training_args import ClmulConfig
 
 
@@ -48,8 +56,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         whole = groups(recipe, steps)
-        sampled, how = _sampled(recipe, whole), _measuring(recipe)
-        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how), sampled])
+        chosen, how = evaluated(recipe, steps, whole), _measuring(recipe)
+        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how)])
         on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
         on_main_first(state, lambda: folder.check(recipe, steps, measured))
         sha256 = recipe_sha256(recipe)
@@ -57,7 +65,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
                 loaded = load(recipe.model, texts(whole), derived_seed(recipe.seed, "model"))
             model = loaded.model.to(state.device)
-            _execute(Run(recipe, sha256, folder, steps, sampled, how, measured, state, loaded, model), began)
+            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model), began)
         on_main_first(state, lambda: _close(recipe, folder))
     return folder.report
 
@@ -87,76 +95,53 @@ def _execute(run: Run, began: float) -> None:
             requests=[step.name for step in run.steps],
             processes=run.state.num_processes,
         )
-    _measure(
-        run,
-        None,
-        {
-            "stage": "base",
-            "kind": "base",
-            "title": "before learning",
-            "seconds": 0.0,
-            "steps": 0,
-            "examples": {},
-            "how": "",
-            "log": None,
-            **base,
-        },
-        began,
-    )
-    for i, step in enumerate(run.steps):
+    first = {"title": "before learning", "seconds": 0.0, "steps": 0, "examples": {}, "how": "", "log": None, **base}
+    measure_stage(run, None, {"stage": "base", "kind": "base", **first})
+    _write_record(run, "running", began)
+    for step in run.steps:
         trained = carry_out(run, step)
         if trained is not None:
             log_file = (run.folder.request(step) / "log.jsonl").relative_to(run.folder.root)
-            _measure(
-                run,
-                step,
-                {
-                    "stage": step.name,
-                    "kind": step.kind,
-                    "title": step.title,
-                    "examples": {role: len(rows) for role, rows in step.roles.items()},
-                    "how": step.how,
-                    "log": log_file.as_posix(),
-                    **trained,
-                },
-                began,
-            )
+            stage = {
+                "stage": step.name, "kind": step.kind, "title": step.title, "how": step.how,
+                "examples": {role: len(rows) for role, rows in step.roles.items()},
+                "log": log_file.as_posix() if any(not job.part for job in step.jobs) else None, **trained,
+            }  # fmt: skip
+            measure_stage(run, step, stage)
+            _write_record(run, "running", began)
         if run.main:
-            run.folder.clear_checkpoints(step)
-            if run.recipe.adapter is None:  # a few MB of an adapter may stay, to be measured again
-                for before in run.steps[:i]:
-                    run.folder.clear_state(before)
+            _settle(run, step)
         run.state.wait_for_everyone()
     on_main_first(run.state, lambda: _finish(run, began))
 
 
-def _measure(run: Run, step: Step | None, stage: dict[str, Any], began: float) -> None:
-    """Measures all groups, if that was not done; writes the rows, then the record that marks the stage as finished."""
-    before = run.folder.result(step)
-    if before is not None and before["measured"] == run.measured:
-        return
-    rows = measure(run.model, run.loaded.tokenizer, run.groups, run.how, f"evaluating {stage['title']}")
-    if run.main:
-        place = run.folder.stage(step)
-        lines = [json.dumps({"group": group, **row}) + "\n" for group, of_group in rows.items() for row in of_group]
-        atomic_write(place / "examples.jsonl", "".join(lines))
-        found = {**stage, "groups": summary(rows, run.recipe.evaluation.samples), "measured": run.measured}
-        _write_json(place / "result.json", found)
-        _write_json(run.folder.results, _record(run, "running", began))
-    run.state.wait_for_everyone()
+def _settle(run: Run, step: Step) -> None:
+    """What a finished request leaves on disk: the memory as it is now, and no weights from which nothing starts any more."""
+    if run.recipe.memory is not None:
+        memory.write(run.folder.memory, step.memory)
+    for job in step.jobs:
+        run.folder.clear_checkpoints(step, job)
+    for earlier, job in superseded(run, step):
+        run.folder.clear_state(earlier, job)
 
 
 def _finish(run: Run, began: float) -> None:
     """The export, then the final record: from then on the run is complete."""
-    kind = export_kind(run.model, run.recipe.export.merge)
+    wanted = _wanted(run)
     public = shared(_record(run, COMPLETE, began), run.recipe)
-    card = model_card(public, dump_recipe(run.recipe, shared=True), kind, run.loaded.base)
-    probe = [encode_prompt(rows[0], run.loaded.tokenizer) for rows in run.groups.values()]
-    exported = export(run.loaded, run.model, run.folder, kind, card, probe)
-    ledger.append(run.folder.ledger, "exported", kind=kind, files=file_hashes(run.folder.model))
+    card = model_card(public, dump_recipe(run.recipe, shared=True), wanted.kind, run.loaded.base)
+    some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
+    probe = [encode_prompt(row, run.loaded.tokenizer) for row in some]
+    exported = export(run.loaded, run.model, run.folder, wanted, card, probe)
+    ledger.append(run.folder.ledger, "exported", kind=wanted.kind, files=file_hashes(run.folder.model))
     run.folder.report.unlink(missing_ok=True)  # it may show an earlier export
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    _write_json(run.folder.results, {**_record(run, COMPLETE, began), "export": exported, "finished": finished})
+    whole = {**_record(run, COMPLETE, began), "export": exported, "finished": finished}
+    if isinstance(run.model, PeftModel):
+        whole["base_sha256_after"] = adapters.base_sha256(run.model)
+        if whole["base_sha256_after"] != whole["model"]["sha256"]:
+            raise RunError(f"the base model's weights changed during the run, which nothing should do. {REPORT}")
+    _write_json(run.folder.results, whole)
 
 
 def _close(recipe: Recipe, folder: RunFolder) -> None:
@@ -172,19 +157,40 @@ def _close(recipe: Recipe, folder: RunFolder) -> None:
 def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     stages = [stage for stage in map(run.folder.result, [None, *run.steps]) if stage is not None]
     events = ledger.verify(run.folder.ledger)
-    return record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
+    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
+    stream = stream_record(stages, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
+    return {**whole, "stream": {**stream, "metrics": stream_metrics(stream)}}
+
+
+def _write_record(run: Run, status: str, began: float) -> None:
+    if run.main:
+        _write_json(run.folder.results, _record(run, status, began))
+    run.state.wait_for_everyone()
 
 
 def _write_json(path: Path, content: Any) -> None:
     atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
-def _sampled(recipe: Recipe, whole: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """The forget group is always evaluated whole; of the others fixed examples, the same for every seed."""
-    size = recipe.evaluation.max_examples
-    return {
-        name: rows if name == "forget" else fixed_sample(rows, size, derived_seed(name)) for name, rows in whole.items()
-    }
+def _wanted(run: Run) -> Wanted:
+    """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names."""
+    last, chosen = run.steps[-1], run.recipe.export.tasks
+    each = {name: (name,) for name in last.stack} | dict(last.own)
+    if chosen is not None and (gone := [name for name in chosen if name not in each]):
+        raise RecipeError(
+            f"export.tasks: of task {gone[0]!r} no adapter is left to export; there are {', '.join(each) or 'none'}."
+        )
+    shared_stack = {name: each[name] for name in last.stack} or each
+    parts = [part for name in (chosen or shared_stack) for part in each[name]]
+    # What the base knew is unlearned by an adapter; one that could be switched off would be a filter.
+    erases = any(
+        isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
+        for step in run.steps
+    )
+    named = {name: tuple(adapters.TASK + part for part in own) for name, own in each.items()}
+    return Wanted(
+        tuple(adapters.TASK + part for part in parts), named, bool(parts) and (run.recipe.export.merge or erases)
+    )
 
 
 def _measuring(recipe: Recipe) -> Measuring:

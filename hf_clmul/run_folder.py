@@ -7,15 +7,16 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.paths import atomic_write, explained_writes, recover_folder
-from hf_clmul.plan import Step
+from hf_clmul.plan import Job, Step
 from hf_clmul.recipe import dump_recipe, load_recipe
 from hf_clmul.recipe_schema import Recipe
 
@@ -31,7 +32,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.recipe, self.results, self.ledger = root / "recipe.yaml", root / "results.json", root / "ledger.jsonl"
-        self.model, self.adapters = root / "model", root / "adapters"
+        self.model, self.adapters, self.memory = root / "model", root / "adapters", root / "memory"
         self.base, self.requests = root / "base", root / "requests"
         self.report = root / "report" / "report.html"
 
@@ -42,17 +43,21 @@ class RunFolder:
         """Folder with the evaluation of a stage; before the first request for None."""
         return self.base if step is None else self.request(step)
 
-    def state(self, step: Step) -> Path:
-        """The weights that train, as the request left them."""
-        return self.request(step) / "state"
+    def place(self, step: Step, job: Job) -> Path:
+        """Folder of one training of a request: the request's own where there is no other."""
+        return self.request(step) / job.part if job.part else self.request(step)
+
+    def state(self, step: Step, job: Job) -> Path:
+        """The weights that train, as the training left them."""
+        return self.place(step, job) / "state"
 
     def result(self, step: Step | None) -> dict[str, Any] | None:
         """The stage's record, or None while it is unfinished."""
         return _read(self.stage(step) / "result.json")
 
-    def trained(self, step: Step) -> dict[str, Any] | None:
-        """What is known of a request's training, or None while it goes on, or once its state was removed."""
-        return _read(self.state(step) / TRAINED)
+    def trained(self, step: Step, job: Job) -> dict[str, Any] | None:
+        """What is known of a training, or None while it goes on, or once its state was removed."""
+        return _read(self.state(step, job) / TRAINED)
 
     def finished(self, recipe_sha256: str) -> dict[str, Any] | None:
         """The results record if this very recipe was carried out to its end, else None."""
@@ -140,19 +145,26 @@ class RunFolder:
             json.dumps(settings(recipe, steps, step), indent=1, sort_keys=True) + "\n",
         )
 
-    def checkpoint(self, step: Step, processes: int) -> Path | None:
+    def checkpoint(self, step: Step, job: Job, processes: int) -> Path | None:
         """The newest whole checkpoint that as many processes made: with others, steps mean other examples."""
-        marks = {path.parent: path.read_text("utf-8") for path in self.request(step).glob(f"checkpoint-*/{COMPLETE}")}
+        place = self.place(step, job)
+        marks = {path.parent: path.read_text("utf-8") for path in place.glob(f"checkpoint-*/{COMPLETE}")}
         whole = [path for path, made_by in marks.items() if made_by == str(processes)]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
-    def clear_checkpoints(self, step: Step, keep: Path | None = None) -> None:
-        for path in self.request(step).glob("checkpoint-*"):
+    def clear_checkpoints(self, step: Step, job: Job, keep: Path | None = None) -> None:
+        for path in self.place(step, job).glob("checkpoint-*"):
             if path != keep:
                 shutil.rmtree(path)
 
-    def clear_state(self, step: Step) -> None:
-        shutil.rmtree(self.state(step), ignore_errors=True)
+    def clear_state(self, step: Step, job: Job) -> dict[str, str]:
+        """Deletes the weights that a training left, and its checkpoints. Returns the deleted files with their hashes."""
+        deleted: dict[str, str] = {}
+        for place in (self.state(step, job), *self.place(step, job).glob("checkpoint-*")):
+            at = place.relative_to(self.root).as_posix()
+            deleted |= {f"{at}/{name}": hash_ for name, hash_ in file_hashes(place).items()}
+            shutil.rmtree(place, ignore_errors=True)
+        return deleted
 
     def _check_ours(self) -> None:
         if self.root.exists() and not self.root.is_dir():
@@ -187,10 +199,10 @@ class RunFolder:
                 + "\n".join(lines)
                 + "\nChoose another folder with --output, or go back to these settings."
             )
-        if self.result(step)["measured"] != measured and self.trained(step) is None:
+        if self.result(step)["measured"] != measured and any(self.trained(step, job) is None for job in step.jobs):
             raise RunError(
-                f"{self.root}: other examples are to be evaluated than before, but the weights after {step.name} are "
-                "not kept: of a model trained whole only the newest are. Choose another folder with --output."
+                f"{self.root}: it is to be evaluated in another way than before, but the weights after {step.name} are "
+                "not kept: only the newest of an adapter, or of a model trained whole, are. Choose another folder with --output."
             )
 
 
@@ -208,34 +220,28 @@ def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any
     """Everything that a request's weights depend on, the requests before it included, as plain data. What is measured is
     not: it is kept with each stage (`measured`), and measured again when it changes."""
     whole = recipe.model_dump(mode="json", by_alias=True)
+    own: dict[str, Any] = {}
+    for each in steps[: step.index + 1]:
+        before = {"before": digest(own)} if own else {}
+        own = json.loads(json.dumps({**_own_settings(recipe, whole, each), **before}))
+    return own
+
+
+def _own_settings(recipe: Recipe, whole: dict[str, Any], step: Step) -> dict[str, Any]:
     kind = whole["learning" if step.kind == "learn" else "unlearning"]
-    own: dict[str, Any] = {
-        **{key: whole[key] for key in ("seed", "family", "model", "adapter", "teacher")},
+    request = whole["requests"][step.index][step.kind]
+    return {
+        **{key: whole[key] for key in ("seed", "family", "model", "adapter", "memory", "teacher")},
         "terms": {key: value for key, value in kind.items() if key != "training"},
+        "request": {key: value for key, value in request.items() if key in ("isolated", "shards", "slices", "memory")},
         "training": recipe.request_training(step.index),
-        "examples": {role: digest(rows) for role, rows in step.roles.items()},
+        "how": step.how,
+        "examples": step.digests,
     }
-    if step.index:
-        own["before"] = digest(settings(recipe, steps, steps[step.index - 1]))
-    return json.loads(json.dumps(own))
 
 
 def recipe_sha256(recipe: Recipe) -> str:
     return sha256(dump_recipe(recipe).encode()).hexdigest()
-
-
-def digest(value: Any) -> str:
-    """A hash of plain data."""
-    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file below a folder."""
-    hashes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            hashes[path.relative_to(folder).as_posix()] = file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def _read(path: Path) -> dict[str, Any] | None:

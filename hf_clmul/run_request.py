@@ -9,23 +9,26 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_clmul import ledger
+from hf_clmul.columns import Evaluated
+from hf_clmul.data import memory
 from hf_clmul.data.encoding import Encoded
 from hf_clmul.data.roles import derived_seed
-from hf_clmul.data.sources import Example, encode_dataset
+from hf_clmul.data.sources import encode_dataset
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.export import load_state, save_state
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import Loaded, weights_sha256
 from hf_clmul.paths import explained_writes
-from hf_clmul.plan import Step
-from hf_clmul.recipe_schema import Learn, Recipe
+from hf_clmul.plan import Job, Step
+from hf_clmul.recipe_schema import Recipe
 from hf_clmul.request_checks import understood
-from hf_clmul.run_folder import RunFolder, settings
+from hf_clmul.run_folder import RunFolder
 from hf_clmul.run_log import RunLog
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
@@ -45,19 +48,21 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class Run:
-    """What the functions of a run share. `measured` is a digest of the groups and of how they are measured."""
+    """What the functions of a run share. `measured` is a digest of how is measured. `stale` are adapters in the live model
+    whose weights at this point are no longer kept, since a later request replaced them."""
 
     recipe: Recipe
     recipe_sha256: str
     folder: RunFolder
     steps: list[Step]
-    groups: dict[str, list[Example]]
+    evaluated: Evaluated
     how: Measuring
     measured: str
     state: PartialState
     loaded: Loaded
     model: Any
-    encoded: dict[str, dict[str, list[Encoded]]] = field(default_factory=dict)
+    encoded: dict[tuple[int, int | None], Encoded] = field(default_factory=dict)
+    stale: set[str] = field(default_factory=set)
 
     @property
     def main(self) -> bool:
@@ -71,73 +76,142 @@ def prepare(run: Run) -> None:
     """
     model = _stand_in(run)
     for step in run.steps:
-        args = _arguments(run, step)
-        run.encoded[step.name] = {
-            role: encode_dataset(rows, run.loaded.tokenizer, args.max_length, f"{step.name}, {role}")
-            for role, rows in step.roles.items()
-        }
-        try:
-            understood(args, model, run.encoded[step.name], run.loaded.tokenizer)
-        except ValueError as error:
-            raise RecipeError(f"request {step.name}: {error}") from error
+        for job in step.jobs:
+            args = _arguments(run, step, job)
+            try:
+                understood(args, model, encoded(run, step, job, args.max_length), run.loaded.tokenizer)
+            except ValueError as error:
+                raise RecipeError(f"request {step.name}: {error}") from error
+
+
+def encoded(run: Run, step: Step, job: Job, max_length: int | None) -> dict[str, list[Encoded]]:
+    """The examples of a job by role. A row is encoded once, however many requests meet it."""
+    for role, rows in job.roles.items():
+        new = [row for row in rows if (id(row), max_length) not in run.encoded]
+        found = encode_dataset(new, run.loaded.tokenizer, max_length, f"{step.name}, {role}")
+        run.encoded |= {(id(row), max_length): one for row, one in zip(new, found, strict=True)}
+    return {role: [run.encoded[id(row), max_length] for row in rows] for role, rows in job.roles.items()}
 
 
 def _stand_in(run: Run) -> Any:
-    """What the requests train: the model, or its like with the adapter, without weights. The model itself is measured first
-    and gets its adapter when the task is learned."""
+    """What the requests train: the model, or its like with an adapter, without weights. The model itself is measured first
+    and gets its adapters as tasks are learned."""
     if run.recipe.adapter is None:
         return run.model
-    task = next(request.task for request in run.recipe.requests if isinstance(request, Learn))
     with torch.device("meta"):
         model = type(run.model)(deepcopy(run.model.config))
-    return adapters.attach_task(model, run.recipe.adapter, task, 0)
+    return adapters.attach_task(model, run.recipe.adapter, "any", 0)
 
 
 def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     """Brings the live model to where the request leaves it, by training or from its saved state.
 
-    Returns {"seconds", "steps", "weights_sha256"}, or None for a finished request whose state is no longer kept: a later one
-    replaces it. Raises RunError if training collapses, RecipeError for settings that the trainer cannot honour.
+    Returns {"seconds", "steps", "weights_sha256"}, or None for a finished request of which some weights are no longer kept: a
+    later one replaces them. Raises RunError if training collapses, RecipeError for settings that the trainer cannot honour.
     """
-    if isinstance(step.request, Learn) and run.recipe.adapter is not None:
-        task, revision = step.request.task, run.loaded.options["revision"]
-        seed = derived_seed(run.recipe.seed, task, "adapter")
-        run.model = adapters.attach_task(run.model, run.recipe.adapter, task, seed, revision)
-    trained = run.folder.trained(step)
-    later = run.steps[step.index + 1 :]
-    if trained is None and run.folder.result(step) is not None and not any(map(run.folder.trained, later)):
-        raise RunError(
-            f"request {step.name} is finished, but the weights that it left ({run.folder.state(step)}) are gone, so that "
-            "nothing can start from them: run the recipe into another folder with --output."
-        )
+    present = [adapters.TASK + name for name in step.removed if _has(run.model, adapters.TASK + name)]
+    if present:
+        run.model = adapters.drop(run.model, present)
+    run.stale -= set(step.removed)
+    if run.folder.result(step) is None:
+        on_main_first(run.state, lambda: _begin(run, step))
+    done = [_bring(run, step, job) for job in step.jobs]
+    if run.stale.intersection(step.stack, *step.own.values()) or None in done:
+        return None
+    return {
+        "seconds": round(sum(each["seconds"] for each in done), 3),
+        "steps": sum(each["steps"] for each in done),
+        **{key: each[key] for each in done for key in ("edit",) if key in each},
+        "weights_sha256": done[-1]["weights_sha256"] if done else None,
+    }
+
+
+def _begin(run: Run, step: Step) -> None:
+    """Records the settings. What is unlearned leaves the memory before anything trains."""
+    run.folder.start(run.recipe, run.steps, step)
+    if step.kind == "unlearn" and run.recipe.memory is not None:
+        memory.write(run.folder.memory, step.memory)
+
+
+def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
+    """One training, done now or earlier: afterwards the live model has its weights. None if they are no longer kept."""
+    trained = run.folder.trained(step, job)
+    over = run.folder.result(step) is not None
+    if job.adapter is not None:
+        _activate(run, job)
+    if trained is None and over:
+        if not any(_replaced(run, other, j) for other, j in _later(run, step, job)):
+            raise RunError(
+                f"request {step.name} is finished, but the weights that it left ({run.folder.state(step, job)}) are gone, so "
+                "that nothing can start from them: run the recipe into another folder with --output."
+            )
+        run.stale.add(job.adapter or "")
+        return None
     if trained is not None:
-        load_state(run.model, run.folder.state(step))
-    elif run.folder.result(step) is None:
-        trained = _train(run, step)
+        load_state(run.model, run.folder.state(step, job))
+    else:
+        trained = _train(run, step, job)
         if run.main:
-            ledger.append(run.folder.ledger, "finished", name=step.name, weights_sha256=trained["weights_sha256"])
-            save_state(run.model, run.folder.state(step), trained)
+            ledger.append(
+                run.folder.ledger, "finished", name=step.name, part=job.part, weights_sha256=trained["weights_sha256"]
+            )
+            save_state(run.model, run.folder.state(step, job), trained, lambda aside: None)
         run.state.wait_for_everyone()
+    run.stale.discard(job.adapter or "")
     return trained
 
 
-def _train(run: Run, step: Step) -> dict[str, Any]:
-    on_main_first(run.state, lambda: run.folder.start(run.recipe, run.steps, step))
-    checkpoint = run.folder.checkpoint(step, run.state.num_processes)
+def _activate(run: Run, job: Job) -> None:
+    """The job's adapters and no others, its own trainable; made anew where the job begins with a new one."""
+    name, revision = adapters.TASK + job.adapter, run.loaded.options["revision"]
+    if job.fresh and _has(run.model, name):
+        run.model = adapters.drop(run.model, [name])
+    if not _has(run.model, name):
+        seed = derived_seed(run.recipe.seed, job.label, "adapter")
+        run.model = adapters.attach_task(run.model, run.recipe.adapter, job.adapter, seed, revision)
+    adapters.activate(run.model, [adapters.TASK + each for each in job.active], name)
+
+
+def superseded(run: Run, step: Step) -> list[tuple[Step, Job]]:
+    """Earlier trainings of what this request trained on or deleted: nothing starts from the weights that they left."""
+    changed = {job.adapter or "" for job in step.jobs} | set(step.removed)
+    return [(s, job) for s in run.steps[: step.index] for job in s.jobs if (job.adapter or "") in changed]
+
+
+def _later(run: Run, step: Step, job: Job) -> list[tuple[Step, Job | None]]:
+    """Later requests that train the same adapter, or delete it (None)."""
+    found: list[tuple[Step, Job | None]] = []
+    for other in run.steps[step.index + 1 :]:
+        found += [(other, j) for j in other.jobs if j.adapter == job.adapter]
+        found += [(other, None)] * (job.adapter in other.removed)
+    return found
+
+
+def _replaced(run: Run, step: Step, job: Job | None) -> bool:
+    return run.folder.result(step) is not None or (job is not None and run.folder.trained(step, job) is not None)
+
+
+def _has(model: Any, name: str) -> bool:
+    return isinstance(model, PeftModel) and name in model.peft_config
+
+
+def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:
+    checkpoint = run.folder.checkpoint(step, job, run.state.num_processes)
     run.state.wait_for_everyone()
     if run.main:
-        run.folder.clear_checkpoints(step, keep=checkpoint)
+        run.folder.clear_checkpoints(step, job, keep=checkpoint)
         ledger.append(
             run.folder.ledger,
             "request",
             name=step.name,
+            part=job.part,
             resumed=checkpoint is not None,
             recipe_sha256=run.recipe_sha256,
-            examples=settings(run.recipe, run.steps, step)["examples"],
+            examples=step.digests,
         )
     run.state.wait_for_everyone()
-    shown = RunLog(run.folder.request(step) / "log.jsonl", step.title.removeprefix("after "))
-    trainer = _trainer(run, step, shown)
+    shown = RunLog(run.folder.place(step, job) / "log.jsonl", step.title.removeprefix("after "))
+    trainer = _trainer(run, step, job, shown)
     done = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if checkpoint is not None and done.global_step >= done.max_steps:  # Trainer would take one step more
         load_state(run.model, checkpoint)
@@ -164,37 +238,49 @@ def _train(run: Run, step: Step) -> dict[str, Any]:
         "seconds": round(shown.seconds, 3),
         "steps": done.global_step,
         **({} if edit is None else {"edit": edit}),
-        "weights_sha256": weights_sha256(run.model) if run.main else None,
+        "weights_sha256": _sha256(run) if run.main else None,
     }
 
 
-def _arguments(run: Run, step: Step) -> ClmulConfig:
+def _sha256(run: Run) -> str:
+    """Of all weights, or of the adapter that trained: its base does not change."""
+    if isinstance(run.model, PeftModel):
+        return adapters.sha256(run.model, adapters.trained(run.model))
+    return weights_sha256(run.model)
+
+
+def _arguments(run: Run, step: Step, job: Job) -> ClmulConfig:
     recipe, unlearning = run.recipe, run.recipe.unlearning
-    terms: dict[str, Any] = {"learn": recipe.learning.learn} if step.kind == "learn" else {"forget": unlearning.forget}
-    if "retain" in step.roles:
+    learns = "learn" in job.roles
+    terms: dict[str, Any] = {"learn": recipe.learning.learn} if learns else {"forget": unlearning.forget}
+    if "retain" in job.roles:
         terms["retain"] = unlearning.retain
+    if "memory" in job.roles:
+        request = recipe.requests[job.settings_of]
+        own = request.memory if learns and request.memory is not None else recipe.learning.memory
+        terms["memory"] = own if learns else unlearning.memory
     own = {
-        "seed": derived_seed(recipe.seed, step.name),
+        "seed": derived_seed(recipe.seed, job.label),
         "use_cpu": run.state.device.type == "cpu",
         # Trainer writes its own, false, into the model's config, and so into what is exported.
         "use_cache": run.model.config.to_dict().get("use_cache", False),
     }
     try:
         return ClmulConfig(
-            **{**DEFAULTS, **own, **recipe.request_training(step.index)},
+            **{**DEFAULTS, **own, **recipe.request_training(job.settings_of)},
             **terms,
-            output_dir=str(run.folder.request(step)),
-            conflict=unlearning.conflict,
-            **_parts(recipe, step),
+            output_dir=str(run.folder.place(step, job)),
+            conflict=recipe.learning.conflict if learns else unlearning.conflict,
+            **_parts(recipe, learns),
             teacher=recipe.teacher,
         )
     except ValueError as error:
         raise RecipeError(f"request {step.name}: {error}") from error
 
 
-def _parts(recipe: Recipe, step: Step) -> dict[str, Any]:
+def _parts(recipe: Recipe, learns: bool) -> dict[str, Any]:
     """What is trained, and how an unlearn request's window is resolved beyond its conflict rule."""
-    if step.kind == "learn":
+    if learns:
         return {"trainable": recipe.learning.trainable}
     unlearning = recipe.unlearning
     chosen = {"lookahead": unlearning.lookahead, "saliency": unlearning.saliency}
@@ -202,16 +288,13 @@ def _parts(recipe: Recipe, step: Step) -> dict[str, Any]:
     return {"trainable": unlearning.trainable, **plain}
 
 
-def _trainer(run: Run, step: Step, shown: RunLog) -> ClmulTrainer:
-    if step.kind == "unlearn" and "retain" not in step.roles and run.recipe.unlearning.retain:
+def _trainer(run: Run, step: Step, job: Job, shown: RunLog) -> ClmulTrainer:
+    if "forget" in job.roles and "retain" not in job.roles and run.recipe.unlearning.retain:
         log.warning("request %s forgets everything that was learned: there is nothing to retain", step.name)
+    args = _arguments(run, step, job)
+    rows = encoded(run, step, job, args.max_length)
     try:
-        trainer = ClmulTrainer(
-            run.model,
-            _arguments(run, step),
-            train_dataset=run.encoded[step.name],
-            processing_class=run.loaded.tokenizer,
-        )
+        trainer = ClmulTrainer(run.model, args, train_dataset=rows, processing_class=run.loaded.tokenizer)
     except ValueError as error:
         raise RecipeError(f"request {step.name}: {error}") from error
     trainer.remove_callback(ProgressCallback)

@@ -35,9 +35,9 @@ class SalientPart:
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError for an adapter that changes nothing yet: where B is zero, A has no gradient and B no weight."""
-        if isinstance(model, PeftModel) and adapters.is_identity(model, model.active_adapter):
+        if isinstance(model, PeftModel) and adapters.is_identity(model, adapters.trained(model)):
             raise ValueError(
-                f"saliency looks at gradients and weights, but adapter {model.active_adapter!r} has learned nothing yet: its B "
+                f"saliency looks at gradients and weights, but adapter {adapters.trained(model)!r} has learned nothing yet: its B "
                 "matrices are zero, so that no A matrix would ever train and nothing can be trimmed. Give an adapter that has "
                 "learned, or train all weights."
             )

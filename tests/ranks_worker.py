@@ -38,6 +38,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_clmul.errors import RunError
 from hf_clmul.models import adapters
+from hf_clmul.models.ema import EmaState
 from hf_clmul.trainer import log as trainer_log
 
 TIMEOUT = 600  # seconds, for all cases together; they take 20 on two free cores
@@ -139,6 +140,7 @@ def of_this_rank(gram: list[list[float]]) -> list[float]:
 BOTH = {"forget": {"npo": {"beta": 0.2}}, "retain": {"kl": {}, "nll": {"weight": 0.5}}}
 REINFORCED = {"epochs": 2, "learning_rate": 0.01}
 DECAY = {"weight_decay": 0.5}
+EMA = {"teacher": {"ema": {"probability": 0.7}}}
 HIDDEN = {"forget": {"rmu": {"layer": 0}}, "retain": {"hidden_mse": {"layer": 0}}}
 BRANCHED = {"build": branched, "retain": "nll"}
 CASES: dict[str, dict[str, Any]] = {
@@ -173,6 +175,10 @@ CASES: dict[str, dict[str, Any]] = {
     "hidden": {"build": llama, **HIDDEN, **DECAY},
     "hidden, sum, views on": {"build": llama, **HIDDEN, **DECAY, "conflict": "sum", "views": True},
     "hidden, checkpointing": {"build": llama, **HIDDEN, "activation_checkpointing": True},
+    "ema": {"build": llama, **BOTH, **EMA},
+    "ema, adapter, views on": {"build": adapted, "forget": "npo", "retain": {"confident_mse": {}, "nll": {}}, **EMA, "views": True},
+    "random bad teacher": {"build": llama, "forget": "bad_teacher", "retain": "kl"},
+    "random bad teacher, adapter": {"build": llama, "peft_config": LORA, "forget": "bad_teacher", "retain": "nll", "gamma": 0.4},
     "sharded": {"build": sharded, **BOTH, "change_steps": 2},
     "sharded, look ahead": {"build": sharded, **BOTH, "lookahead": {"alpha": 0.05}},
 }  # fmt: skip
@@ -202,6 +208,7 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
         "steps": [whole(step) for step in saw.steps],
         "lines": lines(trainer),
         "counts": list(counts),
+        "average": trainer.teacher_state,
         "alternatives": trainer.train_dataset.own_alternatives,
         "trainable": [key for key, p in trainer.model.named_parameters() if p.requires_grad],
     }
@@ -222,7 +229,7 @@ class Told(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def resumed(folder: Path) -> dict[str, Any]:
+def resumed(folder: Path, **more: Any) -> dict[str, Any]:
     """Seven steps at once, and as six and one, from the middle of the second epoch; who wrote the checkpoints."""
     saved, save = [], adapters.save
     adapters.save = lambda *given: saved.append(Path(given[2]).name) or save(*given)
@@ -233,6 +240,7 @@ def resumed(folder: Path) -> dict[str, Any]:
         "save_steps": 3,
         "optim": "adamw_torch",
         "learning_rate": 1e-2,
+        **more,
     }
     build, data = partial(adapted, lora_dropout=0.2), two_roles(SIZE - 1, SIZE - 1)
     told = Told()
@@ -248,7 +256,10 @@ def resumed(folder: Path) -> dict[str, Any]:
     second = make(build(), data, folder / "stopped", **options)
     second.train(resume_from_checkpoint=True)
     adapters.save = save
+    trainer_log.removeHandler(told)
+    averages = [vars(t.teacher_state or EmaState()) for t in (second, through)]
     return {
+        "average": same(*(state["values"] for state in averages)) and averages[0]["k"] == averages[1]["k"],
         "same": same(weights(second.model), weights(through.model)),
         "saved": saved,
         "told": told.messages,
@@ -282,6 +293,7 @@ def main(folder: Path) -> None:
     )
     found = {name: run(name, folder, ranks=2) for name in CASES}
     found["resumed"] = resumed(folder)
+    found["resumed ema"] = resumed(folder / "ema", **EMA)
     found["collapsed"] = collapsed(folder, rank)
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

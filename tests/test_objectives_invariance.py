@@ -50,6 +50,9 @@ REFUSALS = [
 
 def collated(name, rows=slice(None), pad=EOS_ID):
     examples = EXAMPLES[rows]
+    if "classes" in TERMS[name].needs:
+        pairs = zip(examples, [3, 3, 5, 3][rows], strict=True)
+        examples = [{**example, "class_id": number} for example, number in pairs]
     if "alternative" in TERMS[name].needs:
         pairs = zip(examples, REFUSALS[rows], strict=True)
         examples = [{**answered, "alternative": refusal} for answered, refusal in pairs]
@@ -190,7 +193,7 @@ def test_no_gradient_reaches_the_teacher(name):
     assert all(p.grad is not None for p in reached)
 
 
-@every_term
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if not term.edit and not term.coupled])
 @every_model
 def test_values_and_counts_of_parts_add_up(name, model):
     value, count, gradient = value_and_gradient(name, model, collated(name))
@@ -206,6 +209,17 @@ def test_values_and_counts_of_parts_add_up(name, model):
         "later tokens": 3 + 5 + 1 + 2,
     }
     assert count == sizes[TERMS[name].unit]
+
+
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.coupled])
+@every_model
+def test_the_order_of_a_batch_does_not_matter_to_a_term_that_couples_it_and_its_parts_do(name, model):
+    value, count, gradient = value_and_gradient(name, model, collated(name))
+    turned, _, turned_gradient = value_and_gradient(name, model, collated(name, slice(None, None, -1)))
+    assert difference(turned, value) < 1e-6 and difference(turned_gradient, gradient) < 1e-6
+    parts = [value_and_gradient(name, model, collated(name, slice(i, i + 2))) for i in (0, 2)]
+    assert sum(c for _, c, _ in parts) == count == 4
+    assert difference(sum(v for v, _, _ in parts), value) > 1e-2  # this is why it is refused where a batch is cut
 
 
 def widened(batch, by):

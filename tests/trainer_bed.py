@@ -45,6 +45,7 @@ TRAINER_TAKES = (
     "data_collator",
     "compute_loss_func",
     "model_init",
+    "teacher_state",
 )
 Terms = Mapping[str, Mapping[str, Any]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_clmul.data.encoding import IGNORED, Encoded
+from hf_clmul.data.encoding import CLASS_ID, IGNORED, NO_CLASS, Encoded
 
 
 @dataclass
@@ -16,7 +16,8 @@ class RoleCollator:
     Sequences are padded on the left, so that answers end in the same column and logits are needed only from the first
     supervised column on. The mask says what is real: the pad token may be the end-of-turn token. Where examples carry an
     `alternative` (a second answer), its B sequences follow the first B and `alternatives` holds B. Where they carry
-    `contexts`, {name: the example in it}, the batch has a batch of each under the same key.
+    `contexts`, {name: the example in it}, the batch has a batch of each under the same key. Where some have a class, it has
+    `classes` [B].
     """
 
     pad_token_id: int
@@ -33,6 +34,8 @@ class RoleCollator:
         supervised = supervision(batch["labels"])
         lengths = supervised["rows"].bincount(minlength=len(batch["labels"])).tolist()
         whole = {**batch, **supervised, "alternatives": len(alternatives), "lengths": lengths}
+        if any(CLASS_ID in example for example in examples):
+            whole["classes"] = torch.tensor([example.get(CLASS_ID, NO_CLASS) for example in examples])
         if "contexts" in examples[0]:
             names = examples[0]["contexts"]
             whole["contexts"] = {name: self.collate([e["contexts"][name] for e in examples]) for name in names}

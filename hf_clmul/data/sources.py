@@ -40,7 +40,30 @@ def load_examples(source: "Data", name: str) -> list[Example]:
             f"data.{name}: no examples are left of {source.path}. Check `where`, `exclude` and `persons`."
         )
     example_format(rows[0], f"data.{name}")
+    _check_ids(rows, name)
     return rows
+
+
+def content(example: Example) -> str:
+    """The text columns of an example as canonical JSON: what it is known by, wherever it came from."""
+    return json.dumps({key: example[key] for key in example_format(example)}, sort_keys=True)
+
+
+def shown(content: str) -> str:
+    """The start of a long content, for a message."""
+    return content if len(content) < 160 else content[:157] + "..."
+
+
+def _check_ids(rows: Sequence[Example], name: str) -> None:
+    """An erasure, the memory and the ledger know examples by their ids."""
+    seen: set[str] = set()
+    for row in rows:
+        if str(row["id"]) in seen:
+            raise RecipeError(
+                f"data.{name}: two rows have the id {row['id']!r}, and a request to forget it would not know which. Give each "
+                "row its own id, or drop the column `id`: rows are numbered then."
+            )
+        seen.add(str(row["id"]))
 
 
 def select(rows: Sequence[Example], where: Mapping[str, Any] | None, key: str) -> list[Example]:

@@ -2,7 +2,7 @@
 whatever happens to be active. Knows PEFT; nothing of terms, requests or trainers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.hashes import tensors_sha256
 from hf_clmul.paths import atomic_write
 
 if TYPE_CHECKING:
@@ -120,6 +121,54 @@ def trains_alone(model: PeftModel, name: str) -> bool:
     return all(f".{name}." in f"{key}." for key, parameter in model.named_parameters() if parameter.requires_grad)
 
 
+def active(model: PeftModel) -> list[str]:
+    """The active adapters, in the order of the stack. They act together: their products are summed."""
+    below = _active(model)[1]
+    return [below] if isinstance(below, str) else below
+
+
+def trained(model: PeftModel) -> str:
+    """The one active adapter that trains; of a single active one it does not matter whether it does now.
+
+    Raises RunError where that is unclear.
+    """
+    names = active(model)
+    found = [name for name in names if _trains(model, name)] if len(names) > 1 else names
+    if len(found) != 1:
+        raise RunError(
+            f"of the active adapters ({', '.join(names)}) {len(found)} train, so that it is unclear which one to train and "
+            "save: freeze all but one."
+        )
+    return found[0]
+
+
+def activate(model: PeftModel, names: Sequence[str], trains: str | None = None) -> None:
+    """Makes exactly these adapters active, and of the whole model only `trains` trainable (nothing, if None)."""
+    model.base_model.set_adapter(list(names))
+    model.active_adapter = trains or names[-1]
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(trains is not None and f".{trains}." in f"{key}.")
+
+
+@contextmanager
+def serving(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """The model with exactly these adapters active, or as its bare base with none; afterwards it is as it was."""
+    if not isinstance(model, PeftModel):
+        yield model
+        return
+    with untouched(model):
+        if names:
+            model.base_model.set_adapter(list(names))
+            yield model
+        else:
+            with model.disable_adapter():
+                yield model
+
+
+def _trains(model: PeftModel, name: str) -> bool:
+    return any(f".{name}." in f"{key}." for key, p in model.named_parameters() if p.requires_grad)
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Gives every `requires_grad` flag, train/eval mode and the active adapters back exactly as they were.
@@ -166,6 +215,28 @@ def remove(model: PeftModel, name: str) -> None:
         model.delete_adapter(name)
 
 
+def drop(model: PeftModel, names: Sequence[str]) -> nn.Module:
+    """Deletes adapters, active or not. Returns the model, or its base, bit for bit as it was, if no adapter is left."""
+    kept = [name for name in model.peft_config if name not in names]
+    if not kept:
+        return model.unload()
+    still = [name for name in active(model) if name in kept] or kept[-1:]
+    activate(model, still)
+    for name in names:
+        remove(model, name)
+    return model
+
+
+def together(model: PeftModel, names: Sequence[str], name: str) -> None:
+    """Adds a frozen, inactive adapter `name` that alone does what these do together: their factors side by side (`cat`),
+    exact to rounding."""
+    with untouched(model):
+        model.add_weighted_adapter(list(names), [1.0] * len(names), name, combination_type="cat")
+    for key, parameter in model.named_parameters():
+        if f".{name}." in f"{key}.":
+            parameter.requires_grad_(False)
+
+
 def save(model: PeftModel, name: str, folder: Path, base: str | None = None) -> None:
     """Writes one adapter as `default`: weights and a config with sorted keys and lists.
 
@@ -180,6 +251,17 @@ def save(model: PeftModel, name: str, folder: Path, base: str | None = None) -> 
         config["base_model_name_or_path"] = base
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     atomic_write(folder / CONFIG, json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def sha256(model: PeftModel, name: str) -> str:
+    """Hash over the names, shapes, types and bytes of an adapter's weights."""
+    return tensors_sha256(_state(model, name))
+
+
+def base_sha256(model: PeftModel) -> str:
+    """`weights_sha256` of the model below the adapters, as it would be without them."""
+    inner = model.get_base_model().state_dict()
+    return tensors_sha256({k.replace(".base_layer.", "."): v for k, v in inner.items() if ".lora_" not in k})
 
 
 def load(model: PeftModel, name: str, folder: Path) -> None:

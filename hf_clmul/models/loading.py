@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens
 
 from hf_clmul.errors import RecipeError
+from hf_clmul.hashes import tensors_sha256
 from hf_clmul.paths import atomic_folder, cache_folder
 
 if TYPE_CHECKING:
@@ -120,11 +121,7 @@ def make(scratch: "Scratch", texts: Iterable[str], seed: int) -> tuple[LlamaForC
 
 def weights_sha256(model: torch.nn.Module) -> str:
     """Hash over the names, shapes, types and bytes of all weights, sorted by name."""
-    digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_sha256(model.state_dict())
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

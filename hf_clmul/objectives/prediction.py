@@ -18,7 +18,8 @@ class Prediction:
     float32, what the layer puts out where the token is predicted, keyed as terms name the layer. Each is None
     unless a term asked for it. `alternative` holds the same, less hidden states, for a second answer to the
     same prompts (a refusal), where a term asked for one. `variants` are of a teacher only: what it says at the same
-    N positions in another context, or after other training, by name.
+    N positions in another context, or after other training, by name. `classes` [B], numbers of the sequences' classes, -1 for
+    one that has none, is None where no sequence of the batch has one.
     """
 
     rows: "Tensor"
@@ -29,6 +30,7 @@ class Prediction:
     targets: Optional["Tensor"] = None
     hidden: Mapping[float, "Tensor"] | None = None
     variants: Mapping[str, "Prediction"] | None = None
+    classes: Optional["Tensor"] = None
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,75 @@
+"""The measuring of a stage: each example once, with the adapters that serve its task, then groups and columns from that. Knows
+the plan's columns and the suites; nothing of training or export."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_clmul.columns import Evaluated
+from hf_clmul.evaluation.metrics import aggregate
+from hf_clmul.evaluation.suites import measure, summary
+from hf_clmul.hashes import digest
+from hf_clmul.models import adapters
+from hf_clmul.paths import atomic_write
+from hf_clmul.plan import Step
+from hf_clmul.run_request import Run
+
+Row = dict[str, Any]
+
+
+def measure_stage(run: Run, step: Step | None, stage: dict[str, Any]) -> None:
+    """Measures what is not measured yet of a stage; writes the rows, then the record that marks the stage as finished.
+
+    What an earlier process measured in the same way is read back: a request that is added to a recipe asks for further
+    examples only.
+    """
+    wanted, before = run.evaluated, run.folder.result(step)
+    chosen = digest(wanted.plain())
+    again = before is not None and before["measured"] == run.measured
+    if again and before["evaluated"] == chosen:
+        return
+    rows = _kept(run, step) if again else {}
+    for names, texts in _served(run, step, [text for text in wanted.rows if wanted.key(text) not in rows]).items():
+        examples = {"rows": [wanted.rows[text] for text in texts]}
+        with adapters.serving(run.model, names) as model:
+            found = measure(model, run.loaded.tokenizer, examples, run.how, f"evaluating {stage['title']}")["rows"]
+        rows |= {wanted.key(text): row for text, row in zip(texts, found, strict=True)}
+    if run.main:
+        place = run.folder.stage(step)
+        lines = [json.dumps({"group": wanted.group(text), "task": wanted.task_of.get(text), **rows[wanted.key(text)]}) + "\n"
+                 for text in wanted.rows]  # fmt: skip
+        atomic_write(place / "examples.jsonl", "".join(lines))
+        of_groups = {name: [rows[wanted.key(text)] for text in texts] for name, texts in wanted.groups.items()}
+        record = {
+            **stage, "groups": summary(of_groups, run.recipe.evaluation.samples), "tasks": _columns(wanted, rows),
+            "measured": run.measured, "evaluated": chosen,
+        }  # fmt: skip
+        atomic_write(place / "result.json", json.dumps(record, indent=1) + "\n")
+    run.state.wait_for_everyone()
+
+
+def _served(run: Run, step: Step | None, texts: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
+    """The examples by the adapters that answer: of an isolated task its own, else the stack; none before the first task."""
+    stack, own = ((), {}) if step is None else (step.stack, step.own)
+    found: dict[tuple[str, ...], list[str]] = {}
+    for text in texts:
+        names = own.get(run.evaluated.task_of.get(text, ""), stack)
+        found.setdefault(tuple(adapters.TASK + name for name in names), []).append(text)
+    return found
+
+
+def _columns(wanted: Evaluated, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """{column: {"examples", "metrics"}}, of all columns at every stage."""
+    found = {column.name: [rows[wanted.key(text)] for text in wanted.texts(column)] for column in wanted.columns}
+    return {name: {"examples": len(some), "metrics": aggregate(some, "tasks")} for name, some in found.items() if some}
+
+
+def _kept(run: Run, step: Step | None) -> dict[str, Row]:
+    """What an earlier process measured, by key."""
+    path = run.folder.stage(step) / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    return {f"{line.pop('task') or line['group']}/{line['id']}": _without_group(line) for line in lines}
+
+
+def _without_group(line: Row) -> Row:
+    return {key: value for key, value in line.items() if key != "group"}
