@@ -34,8 +34,6 @@ def fisher(model: nn.Module, rows: Sequence[Encoded], max_examples: int | None =
     accepted, collate = causal_lm.accepted_inputs(model), RoleCollator(0).collate  # alone, an example is not padded
     with adapters.untouched(model):
         weights = measured(model)
-        for p in model.parameters():
-            p.requires_grad_(False)
         for p in weights.values():
             p.requires_grad_(True)  # for W + delta W, the gradient by W is the one by delta W
         model.eval()
@@ -75,7 +73,7 @@ def accumulated(before: Mapping[str, Tensor] | None, new: Mapping[str, Tensor], 
 
 def save(importance: Mapping[str, Tensor], file: Path) -> None:
     """Writes it as safetensors, whole or not at all."""
-    atomic_write(file, as_bytes({name: t.to("cpu").contiguous() for name, t in sorted(importance.items())}))
+    atomic_write(file, as_bytes({name: t.to("cpu").contiguous() for name, t in importance.items()}))
 
 
 def load(file: Path) -> Importance:

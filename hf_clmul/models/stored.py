@@ -69,7 +69,7 @@ def said(batch: Mapping[str, Any]) -> Prediction:
 def save(targets: Mapping[str, Targets], file: Path) -> None:
     """Writes targets by the ids of their examples as one safetensors file, whole or not at all."""
     named = {}
-    for row, t in sorted(targets.items()):
+    for row, t in targets.items():
         named |= {f"ids/{row}": t.ids, f"logps/{row}": t.logps, f"tail/{row}": t.tail}
     atomic_write(file, as_bytes({name: tensor.contiguous() for name, tensor in named.items()}))
 
