@@ -12,7 +12,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 
 from hf_clmul.data.collation import RoleCollator
-from hf_clmul.data.encoding import Encoded
+from hf_clmul.data.encoding import IGNORED, Encoded
 from hf_clmul.models import adapters, causal_lm
 from hf_clmul.objectives.prediction import Prediction, Top
 from hf_clmul.paths import atomic_write
@@ -49,6 +49,12 @@ def stored_targets(model: nn.Module, rows: Sequence[Encoded], k: int) -> list[Ta
             tail = logps.scatter(1, best.indices, float("-inf")).logsumexp(-1)
             found.append(Targets(best.indices.int().cpu(), best.values.half().cpu(), tail.half().cpu()))
     return found
+
+
+def blank(row: Encoded) -> Targets:
+    """Targets of the right shape that say nothing, for checks before there are any."""
+    n = sum(label != IGNORED for label in row["labels"][1:])
+    return Targets(torch.zeros(n, 1, dtype=torch.int32), torch.zeros(n, 1, dtype=torch.float16), torch.zeros(n).half())
 
 
 def attached(row: Encoded, targets: Targets) -> dict[str, Any]:
