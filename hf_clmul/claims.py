@@ -1,5 +1,5 @@
-"""What can be said of an unlearn request, from proved to hidden, and what each word means. It knows words; whether one is
-deserved is worked out elsewhere."""
+"""What can be said of an unlearn request, from proved to hidden, and what each word means. It knows words; whether
+one is deserved is worked out elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ MEANINGS: dict[str, str] = {
 
 
 def claim_of(how: str) -> str | None:
-    """The claim that the `how` of a stage begins with ("approximate, with audit": approximate); None for other stages."""
+    """The claim that a stage's `how` begins with ("approximate, with audit": approximate); None for other stages."""
     return next((claim for claim in MEANINGS if how.startswith(claim)), None)
 
 

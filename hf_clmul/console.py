@@ -41,7 +41,7 @@ _STATES = {UNSEEN: "dim", LEARNED: "bold", KNOWN: "", FORGOTTEN: "yellow"}
 
 
 def print_results(results: Mapping[str, Any], console: "Console | None" = None) -> None:
-    """Prints the sample answers, the table of metrics and, where it says more, R; on standard output if no console is given."""
+    """Prints the sample answers, the metrics and, where it says more, R; on standard output if no console is given."""
     from rich.console import Console
 
     console = console or Console()

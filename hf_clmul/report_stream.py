@@ -1,5 +1,6 @@
-"""From the stream in the record of a run to tables of words and numbers, ready to be shown: the matrix R, its metrics, and
-what became of each unlearn request. It knows nothing of HTML, consoles or figures, and imports nothing heavy."""
+"""From the stream in the record of a run to tables of words and numbers, ready to be shown: the matrix R, its
+metrics, and what became of each unlearn request. It knows nothing of HTML, consoles or figures, and imports nothing
+heavy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def stage_name(stage: Mapping[str, Any]) -> str:
 
 
 def cell_state(column: Mapping[str, Any], stage: int) -> str:
-    """What the model was to know of the column after a stage. What is forgotten without having been learned, the base knew."""
+    """What the model was to know of a column after a stage. What is forgotten but never learned, the base knew."""
     if stage in column["learned"]:
         return LEARNED
     if metrics.last_learned(column, stage) is not None:

@@ -1,4 +1,4 @@
-"""The heat map of a stream's matrix R, drawn by matplotlib without a display. It knows records and colours, but no pages."""
+"""The heat map of a stream's matrix R, drawn by matplotlib. It knows records and colours, no pages."""
 
 import math
 from collections.abc import Mapping

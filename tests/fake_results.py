@@ -245,7 +245,7 @@ def _generated(stage: str, group: str, index: int, answer: str) -> str:
 
 
 def fake_stream() -> dict[str, Any]:
-    """A record with four requests: learn people, unlearn two persons, learn notes (isolated), unlearn notes by deletion."""
+    """A record with four requests: learn people, unlearn two persons, learn notes, unlearn notes by deletion."""
     results = fake_results()
     more = [
         _stage_like(results["stages"][1], "02-learn-notes", "learn", "after learning notes", "training"),
