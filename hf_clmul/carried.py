@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_clmul import importance
+from hf_clmul import importance as fisher
 from hf_clmul.data import memory
 from hf_clmul.data.encoding import Encoded
 from hf_clmul.data.sources import Example
@@ -30,7 +30,7 @@ class Carried:
     """Only requests that share a stack hand it on: an isolated task gets none of it and adds nothing."""
 
     teacher: EmaState | None = None
-    importance: importance.Importance = field(default_factory=dict)
+    importance: fisher.Importance = field(default_factory=dict)
     tuned: slao.Factors | None = None
     merged: slao.Factors | None = None
     tasks: int = 0
@@ -64,7 +64,7 @@ def trained(run: "Run", step: Step, job: Job, trainer: "ClmulTrainer", rows: Map
     if _merges(run):
         carried.tuned = slao.merge(run.model, adapters.TASK + STREAM, carried.merged, carried.tasks)
     if "ewc" in run.recipe.learning.penalties:
-        carried.importance = importance.accumulated(carried.importance, importance.fisher(run.model, rows["learn"]))
+        carried.importance = fisher.accumulated(carried.importance, fisher.fisher(run.model, rows["learn"]))
 
 
 def save(run: "Run", step: Step, job: Job, folder: Path) -> None:
@@ -75,7 +75,7 @@ def save(run: "Run", step: Step, job: Job, folder: Path) -> None:
     if carried.teacher is not None:
         carried.teacher.save(folder)
     if carried.importance:
-        importance.save(carried.importance, folder / IMPORTANCE)
+        fisher.save(carried.importance, folder / IMPORTANCE)
     if carried.tuned is not None:
         slao.save(carried.tuned, folder / TUNED)
 
@@ -89,7 +89,7 @@ def load(run: "Run", step: Step, job: Job, folder: Path) -> None:
     if (folder / EMA).is_file():
         carried.teacher = EmaState.load(folder)
     if (folder / IMPORTANCE).is_file():
-        carried.importance = importance.load(folder / IMPORTANCE)
+        carried.importance = fisher.load(folder / IMPORTANCE)
     if (folder / TUNED).is_file():
         carried.tuned = slao.load(folder / TUNED)
 

@@ -4,6 +4,7 @@ the architecture is built on the meta device."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_clmul.claims import APPROXIMATE
 from hf_clmul.data.sources import encode_dataset
 from hf_clmul.errors import RecipeError
 from hf_clmul.exactness import exact_instead, why
@@ -14,7 +15,7 @@ from hf_clmul.models.loading import load_architecture, make
 from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
-from hf_clmul.plan import APPROXIMATE, Job, Step
+from hf_clmul.plan import Job, Step
 from hf_clmul.recipe_schema import Recipe
 from hf_clmul.recipe_streams import BASE
 from hf_clmul.training_args import ClmulConfig

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from hf_clmul import carried, ledger
+from hf_clmul.claims import FILTER
 from hf_clmul.columns import evaluated, groups, texts
 from hf_clmul.data.encoding import encode_prompt
 from hf_clmul.data.roles import derived_seed
@@ -27,7 +28,7 @@ from hf_clmul.model_card import model_card
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan import FILTER, Step, plan_steps
+from hf_clmul.plan import Step, plan_steps
 from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE

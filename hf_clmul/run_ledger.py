@@ -21,9 +21,8 @@ from hf_clmul.ledger_records import (
     run_record,
     tombstones,
 )
-from hf_clmul.plan import DELETION, RETRAINING, Job, Step
+from hf_clmul.plan import Job, Step
 from hf_clmul.recipe_schema import Learn, Recipe
-from hf_clmul.recipe_streams import BASE
 from hf_clmul.run_folder import RunFolder
 
 
@@ -181,15 +180,6 @@ class RunLedger:
             for job in step.jobs:
                 found[job.adapter or ""] = self._name(self.folder.state(step, job))
         return found
-
-
-def is_exact(step: Step) -> bool:
-    return step.how in (DELETION, RETRAINING)
-
-
-def knows_base(step: Step) -> bool:
-    """Whether what is unlearned was the base model's."""
-    return not isinstance(step.request, Learn) and step.request.from_task == BASE
 
 
 def _rows(rows: list[Example]) -> dict[str, str]:
