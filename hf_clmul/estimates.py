@@ -9,10 +9,12 @@ from hf_clmul.errors import RecipeError
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
+from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
 from hf_clmul.plan import Step, draws, optimizer_steps
+from hf_clmul.preparation import is_random
 from hf_clmul.recipe_schema import Learn, Recipe
 from hf_clmul.training_args import ClmulConfig
 
@@ -65,9 +67,11 @@ def _size(recipe: Recipe, step: Step, model: Any) -> dict[str, int]:
     kept = _teacher_is_a_copy(recipe, step)
     kept += step.kind == "unlearn" and _reinforced(recipe.unlearning.forget) is not None
     choosing, salient = _of_saliency(recipe, step, count, once)
+    unlearned = active_terms("forget", recipe.unlearning.forget) if step.kind == "unlearn" else []
+    models = 1 + any(is_random(active) for active in unlearned)
     return {
         "trainable_parameters": count,
-        "memory_bytes": weights + kept * once + max(choosing, _copies(recipe, step) * once + salient),
+        "memory_bytes": models * weights + kept * once + max(choosing, _copies(recipe, step) * once + salient),
     }
 
 
@@ -98,7 +102,9 @@ def _of_saliency(recipe: Recipe, step: Step, count: int, once: int) -> tuple[int
 
 
 def _teacher_is_a_copy(recipe: Recipe, step: Step) -> bool:
-    """A new adapter is its own teacher when switched off; whatever else trains is copied."""
+    """A new adapter is its own teacher when switched off; whatever else trains is copied. A moving average always is one."""
+    if teacher_choice(recipe.teacher)[1] is not None:
+        return True
     wanted = {"learn": recipe.learning.learn, "forget": recipe.unlearning.forget, "retain": recipe.unlearning.retain}
     wants = any("teacher" in active.term.needs for role in step.roles for active in active_terms(role, wanted[role]))
     return wants and not (step.kind == "learn" and recipe.adapter is not None)
