@@ -58,7 +58,7 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
         sharded = (
             bool(args.fsdp) or args.deepspeed is not None or any(isinstance(m, FSDPModule) for m in model.modules())
         )
-        if _is_random(active) and sharded:
+        if is_random(active) and sharded:
             raise ValueError(
                 f"{name} makes a whole model with random weights on each rank, where FSDP and DeepSpeed keep models in parts: "
                 "give it `weights: uniform`, or use DDP."
@@ -76,13 +76,14 @@ def prepare(trainer: "ClmulTrainer") -> tuple[Reinforced | None, nn.Module | Non
             if "reinforced" in active.term.needs:
                 with reinforcing(trainer, active.preparation) as model:
                     reinforced = Reinforced(model)
-            if _is_random(active):
+            if is_random(active):
                 model = trainer.accelerator.unwrap_model(trainer.model)
                 incompetent = random_like(model, derived_seed(trainer.args.seed, "incompetent"))
     return reinforced, incompetent
 
 
-def _is_random(active: ActiveTerm) -> bool:
+def is_random(active: ActiveTerm) -> bool:
+    """Whether the term asks for a teacher with random weights."""
     return "incompetent" in active.term.needs and active.preparation.weights == "random"
 
 
