@@ -109,7 +109,7 @@ def _as_written(records: Sequence[Record], content: str) -> Record | None:
     if length is None or place is None:
         return None
     then = records[: int(length[1])]
-    if int(place[1]) >= len(then) or len(then) < int(length[1]) or then[int(place[1])]["event"] != "erased":
+    if int(place[1]) >= len(then) or then[int(place[1])]["event"] != "erased":
         return None
     erased = then[int(place[1])]
     page, _, _ = content.partition(f"\n{MEASURED}\n")

@@ -255,6 +255,17 @@ def test_what_is_lifted_and_learned_again_is_no_descendant(bed):
         STATE: "again", LATER: "again", "adapters/again": "again"}  # fmt: skip
 
 
+def test_a_request_done_again_begins_again(bed):
+    """What was learned in between was learned before it."""
+    bed.learn()
+    bed.unlearn("exact by deletion")
+    bed.add("lifted", **records.lifted_record("two", "02-learn-people-2"))
+    bed.data()
+    bed.derived("adapters/again", "adapter", "data/people")
+    bed.unlearn("exact by deletion")
+    assert set(found(bed)) == {STATE, "adapters/again"}
+
+
 def test_each_request_is_told_apart(bed):
     bed.learn()
     bed.unlearn()

@@ -213,6 +213,26 @@ def test_a_text_that_a_kept_example_has_too_is_no_quotation_alone(bed):
     assert kinds(bed, data=data) == [("quote", "notes.txt")]
 
 
+def test_texts_that_are_all_those_of_kept_examples_quote_nothing(bed):
+    rows = {
+        name: {"id": name, "question": question, "answer": answer}
+        for name, question, answer in [
+            ("C0", "Where is my new card?", "card_arrival"), ("C1", "Where is my new card?", "lost_card"),
+            ("C2", "Somebody has my card!", "lost_card")]}  # fmt: skip
+    bed.data("cards", rows)
+    bed.erased(EXACT, rows=contents(rows, "C1"), deleted=bed.delete(STATE))
+    write(bed.root / "notes.txt", "Where is my new card? card_arrival. Somebody has my card! lost_card.")
+    assert kinds(bed, data=data_file(bed, rows)) == []
+
+
+def test_a_kept_example_is_not_taken_for_an_erased_one_by_another_file_s_id(bed):
+    bed.unlearn(EXACT, deleted=bed.delete(STATE))
+    bed.derived(LATER, "adapter")
+    data = data_file(bed, {"x": {**PEOPLE["P0"], "id": "P1"}})
+    write(bed.root / "notes.txt", PEOPLE["P0"]["answer"])
+    assert kinds(bed, data=data) == [("note", "")]
+
+
 def test_the_memory_may_not_hold_erased_rows(bed):
     approximately(bed)
     memory = bed.root / "memory/rows.jsonl"
@@ -226,7 +246,7 @@ def test_the_memory_may_not_hold_erased_rows(bed):
 
 def test_conversations_are_known_by_their_ids_where_they_are_shown_otherwise(bed):
     def talk(n):
-        said = [("user", f"Tell me number {n}, please."), ("assistant", f"The number {n} is {n * n * 1001}.")]
+        said = [("user", f"Number {n}?"), ("assistant", f"It is {n * n * 1001}.")]  # too short to be searched for alone
         return {"id": f"T{n}", "messages": [{"role": role, "content": text} for role, text in said]}
 
     rows = {f"T{n}": talk(n) for n in range(3)}
@@ -237,6 +257,13 @@ def test_conversations_are_known_by_their_ids_where_they_are_shown_otherwise(bed
         for n, m in rows.items()
     }
     bed.evaluation(shown, ("T1",))
+    sample = {key: shown["T1"][key] for key in ("question", "answer")}
+    write(bed.root / "a.json", json.dumps(sample))  # read before the row with the id is met
+    write(bed.root / "notes.txt", "Number 1? It is 1001.")
+    quotes = [finding.path for finding in scan(bed.root) if finding.kind == "quote"]
+    assert quotes == ["a.json", "notes.txt"]
+    for name in quotes:
+        (bed.root / name).unlink()
     assert {(f.kind, f.what) for f in scan(bed.root)} == {
         ("evaluation", "evaluation records quote 1 erased example")}  # fmt: skip
     redact(bed.root)
