@@ -120,9 +120,10 @@ def remember(run: "Run", step: Step) -> None:
     carried, top_k = run.carried, run.recipe.memory.top_k
     carried.targets = {name: targets for name, targets in carried.targets.items() if name in wanted}
     new = {name: row for name, row in wanted.items() if name not in carried.targets} if top_k is not None else {}
-    if new and step.kind == "learn":
-        rows = list(run.encode(list(new.values()), step.jobs[-1].settings_of, f"{step.name}, memory"))
-        with adapters.serving(run.model, [adapters.TASK + name for name in step.stack]) as model:
+    if new:  # a deletion makes room for further examples of other tasks
+        rows = run.encode(list(new.values()), step.index, f"{step.name}, memory")
+        stack = [adapters.TASK + name for name in step.stack if run.has(name)]
+        with adapters.serving(run.model, stack) as model:
             carried.targets |= dict(zip(new, stored.stored_targets(model, rows, top_k), strict=True))
     if run.main:
         memory.write(run.folder.memory, step.memory)

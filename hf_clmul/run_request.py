@@ -72,6 +72,10 @@ class Run:
     def main(self) -> bool:
         return self.state.is_main_process
 
+    def has(self, adapter: str) -> bool:
+        """Whether the live model has it."""
+        return isinstance(self.model, PeftModel) and adapters.TASK + adapter in self.model.peft_config
+
     def encode(self, rows: Sequence[Example], request: int, what: str) -> list[Encoded]:
         """Rows with the `max_length` of a request; each is encoded once, however many requests meet it."""
         most = self.recipe.request_training(request).get("max_length", ClmulConfig.max_length)
@@ -124,7 +128,7 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     Returns {"seconds", "steps", "weights_sha256"}, or None for a finished request of which some weights are no longer kept: a
     later one replaces them. Raises RunError if training collapses, RecipeError for settings that the trainer cannot honour.
     """
-    present = [adapters.TASK + name for name in step.removed if _has(run.model, adapters.TASK + name)]
+    present = [adapters.TASK + name for name in step.removed if run.has(name)]
     if present:
         run.model = adapters.drop(run.model, present)
     run.stale -= set(step.removed)
@@ -183,9 +187,9 @@ def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
 def _activate(run: Run, job: Job) -> None:
     """The job's adapters and no others, its own trainable; made anew where the job begins with a new one."""
     name, revision = adapters.TASK + job.adapter, run.loaded.options["revision"]
-    if job.fresh and _has(run.model, name):
+    if job.fresh and run.has(job.adapter):
         run.model = adapters.drop(run.model, [name])
-    if not _has(run.model, name):
+    if not run.has(job.adapter):
         seed = derived_seed(run.recipe.seed, job.label, "adapter")
         run.model = adapters.attach_task(run.model, run.recipe.adapter, job.adapter, seed, revision)
     adapters.activate(run.model, [adapters.TASK + each for each in job.active], name)
@@ -208,10 +212,6 @@ def _later(run: Run, step: Step, job: Job) -> list[tuple[Step, Job | None]]:
 
 def _replaced(run: Run, step: Step, job: Job | None) -> bool:
     return run.folder.result(step) is not None or (job is not None and run.folder.trained(step, job) is not None)
-
-
-def _has(model: Any, name: str) -> bool:
-    return isinstance(model, PeftModel) and name in model.peft_config
 
 
 def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:

@@ -76,9 +76,11 @@ def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erase
 
 
 def _artefacts(root: Path, events: Sequence[Event]) -> Iterator[Finding]:
+    kept = {event["request"]: event["surviving"] for event in events if event["event"] == "erased"}
     for found in descendants(events):
         if (root / found.artefact).exists():
-            yield _descendant(found)
+            in_use = any(PurePosixPath(name).is_relative_to(found.artefact) for name in kept[found.request])
+            yield _descendant(found, in_use)
     finished = {event["name"] for event in events if event["event"] == "finished"}
     for path in sorted(root.glob("requests/*/checkpoint-*")):
         if path.parent.name in finished:
@@ -86,11 +88,12 @@ def _artefacts(root: Path, events: Sequence[Event]) -> Iterator[Finding]:
             yield Finding("leftover", _name(root, path), what, "delete it")
 
 
-def _descendant(found: Descendant) -> Finding:
+def _descendant(found: Descendant, in_use: bool) -> Finding:
+    """`in_use`: the erasure left it where it was, such as the adapter of another task that had replayed the examples."""
     of = f"{found.kind} that descends from {_count(found.rows, 'example')} which {found.request!r}"
     if found.claim == FILTER:
         return Finding("filter", found.artefact, f"{of} only filters, as the request says")
-    if found.claim == APPROXIMATE and found.after and found.kind in _LIVING:
+    if found.claim == APPROXIMATE and (found.after or in_use) and found.kind in _LIVING:
         return Finding("approximate", found.artefact, f"{of} unlearned approximately", "see the audit")
     todo = "purge it or delete it" if found.kind == "memory" else "delete it"
     return Finding("leftover", found.artefact, f"{of} erased{'' if found.after else ' later'}", todo)
