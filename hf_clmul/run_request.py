@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -67,6 +68,7 @@ class Run:
     encoded: dict[tuple[int, int | None], Encoded] = field(default_factory=dict)
     carried: Carried = field(default_factory=Carried)
     stale: set[str] = field(default_factory=set)
+    versions: dict[str, str] = field(default_factory=dict)  # hash of each adapter, of the whole model under ""
 
     @property
     def main(self) -> bool:
@@ -132,6 +134,7 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     if present:
         run.model = adapters.drop(run.model, present)
     run.stale -= set(step.removed)
+    run.versions = {name: sha256 for name, sha256 in run.versions.items() if name not in step.removed}
     if run.folder.result(step) is None:
         on_main_first(run.state, lambda: _begin(run, step))
         if step.kind == "unlearn" and run.recipe.memory is not None:
@@ -181,6 +184,7 @@ def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
             run.ledger.saved(step, job)
         run.state.wait_for_everyone()
     run.stale.discard(job.adapter or "")
+    (run.versions[job.adapter or ""],) = broadcast_object_list([trained["weights_sha256"]])
     return trained
 
 
