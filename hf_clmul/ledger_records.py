@@ -230,6 +230,7 @@ def erased_record(
         "task": task,
         "claim": claim,
         "count": len(hashed),
+        "merkle_root": merkle_root(example for example, _, _ in hashed),
         "examples": [example for example, _, _ in hashed],
         "ids": [identity for _, identity, _ in hashed],
         "closure": list(closure),

@@ -22,6 +22,7 @@ _SIGNED = re.compile(
     rf"HMAC-SHA256 of all above, with the ledger's key: (?P<hmac>[0-9a-f]{{64}}|{re.escape(NO_KEY)})\n",
     re.DOTALL,
 )
+LISTED = 40  # examples
 _TITLES = {APPROXIMATE: "Record of an approximate erasure", FILTER: "Record of a filter: nothing was erased"}
 _OTHER_TITLE = "Record of an erasure"
 
@@ -162,7 +163,7 @@ def _page(records: Sequence[Record], erased: Record) -> str:
         "",
         "Each is shown by a keyed hash, from which nobody can find the text without the key of this ledger.",
         "",
-        *_items(erased["examples"]),
+        *_examples(erased),
         "## What had been made from them",
         "",
         *_items(erased["closure"]),
@@ -187,6 +188,14 @@ def _page(records: Sequence[Record], erased: Record) -> str:
         *_circumstances(records, erased),
     ]
     return "\n".join(lines)
+
+
+def _examples(erased: Record) -> list[str]:
+    """All hashes while they fit on a page; the Merkle root stands for any number."""
+    root = f"- Merkle root of the sorted hashes: {erased['merkle_root']}"
+    if erased["count"] > LISTED:
+        return [root, f"- the hashes: in event {erased['n']} of the ledger", ""]
+    return [root, *_items(erased["examples"])]
 
 
 def _items(values: Sequence[str]) -> list[str]:
