@@ -8,8 +8,8 @@ from hf_clmul.ledger_records import DATA, Event, tombstones
 
 @dataclass(frozen=True)
 class Descendant:
-    """An artefact that was made, directly or not, from `rows` (how many) that the unlearn request `request` erased. `after`:
-    it was made when the erasure had begun, so by the unlearning itself or later."""
+    """An artefact that was made, directly or not, from `rows` (how many) that the unlearn request `request` erased.
+    `after`: it was made when the erasure had begun, so by the unlearning itself or later."""
 
     artefact: str
     kind: str
@@ -31,8 +31,8 @@ class _Made:
 def descendants(events: Sequence[Event]) -> list[Descendant]:
     """Descendants of tombstoned examples, by the newest record of each artefact.
 
-    Of an artefact's parents, `data/TASK` gives the task's examples as recorded last, without those whose erasure had begun;
-    another artefact gives all that it descends from itself.
+    Of an artefact's parents, `data/TASK` gives the task's examples as recorded last, without those whose erasure had
+    begun; another artefact gives all that it descends from itself.
     """
     stones = tombstones(events)
     began, claims = {}, {}
@@ -52,8 +52,9 @@ def descendants(events: Sequence[Event]) -> list[Descendant]:
 
 
 def closure(events: Sequence[Event], examples: Collection[str], name: str) -> list[str]:
-    """Artefacts that descend from some of `examples` (keyed hashes), as it was when the unlearn request `name` (its folder)
-    began, or as it is now: what an erasure of them has to delete or to make again. Sorted; the same after a kill."""
+    """Artefacts that descend from some of `examples` (keyed hashes), as it was when the unlearn request `name` (its
+    folder) began, or as it is now: what an erasure of them has to delete or to make again. Sorted; the same after a
+    kill."""
     before = events[: _began(events, name, len(events))]
     return sorted(artefact for artefact, made in _made(before, examples).items() if made.rows)
 
@@ -97,8 +98,8 @@ def _rows_of(
 
 
 def _began(events: Sequence[Event], name: str, end: int) -> int:
-    """Where an erasure began: at the request's first `request` event since it was last carried out, before `end`; a kill may
-    have come between, and a second event."""
+    """Where an erasure began: at the request's first `request` event since it was last carried out, before `end`; a
+    kill may have come between, and a second event."""
     began = end
     for i in range(end - 1, -1, -1):
         if events[i].get("name") != name:

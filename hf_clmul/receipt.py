@@ -1,5 +1,5 @@
-"""The record of one erasure that a person can hand over: a page of plain text, from the ledger and the run's results, signed
-with the ledger's key. It claims what the ledger claims, and nothing more."""
+"""The record of one erasure that a person can hand over: a page of plain text, from the ledger and the run's results,
+signed with the ledger's key. It claims what the ledger claims, and nothing more."""
 
 import hmac
 import re
@@ -70,7 +70,8 @@ def read(path: Path) -> str:
 
 
 def check(root: Path, text: str) -> Check:
-    """Compares a receipt with itself, with the key, and with the ledger that it says it is from; a longer ledger will do.
+    """Compares a receipt with itself, with the key, and with the ledger that it says it is from; a longer ledger will
+    do.
 
     Raises RunError for a folder that is no run, and a broken ledger.
     """
@@ -104,7 +105,8 @@ def check(root: Path, text: str) -> Check:
 
 
 def _as_written(records: Sequence[Record], content: str) -> Record | None:
-    """The erasure that a page is of, if the ledger, as long as it was when the page was written, still gives this page."""
+    """The erasure that a page is of, if the ledger, as long as it was when the page was written, still gives this
+    page."""
     length = re.search(r"^- events then: (\d+)$", content, re.MULTILINE)
     place = re.search(r"^- event: (\d+)$", content, re.MULTILINE)
     if length is None or place is None:
@@ -154,8 +156,8 @@ def _page(records: Sequence[Record], erased: Record) -> str:
     ]
     if lifted:
         lines += [
-            f"LIFTED: on {lifted[0]['time']} the request {lifted[0]['by']} lifted this. From then on the examples may have "
-            "been learned again.",
+            f"LIFTED: on {lifted[0]['time']} the request {lifted[0]['by']} lifted this. From then on the examples "
+            "may have been learned again.",
             "",
         ]
     lines += [

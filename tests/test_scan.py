@@ -1,5 +1,5 @@
-"""A scan finds what still descends from erased rows, by lineage, content or text, and nothing else; redaction blanks texts
-and keeps figures."""
+"""A scan finds what still descends from erased rows, by lineage, content or text, and nothing else; redaction blanks
+texts and keeps figures."""
 
 import json
 
