@@ -99,10 +99,12 @@ def test_events_as_an_engine_without_records_wrote_them(tmp_path):
 
 @pytest.mark.parametrize("command", ["verify", "show"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path, command):
-    found = invoke(command, tmp_path)
+    alone = tmp_path / "alone" / "here"  # without a run beside it that could have been meant
+    alone.mkdir(parents=True)
+    found = invoke(command, alone)
     assert (found.exit_code, found.stdout) == (1, "")
     assert found.stderr == (
-        f"{tmp_path} is not a run folder: there is no ledger.jsonl in it. Give the folder of a run, such as runs/quickstart.\n"
+        f"{alone} is not a run folder: there is no ledger.jsonl in it. Give the folder of a run, such as runs/quickstart.\n"
     )
 
 
