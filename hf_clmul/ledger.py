@@ -44,8 +44,7 @@ def append(path: Path, event: str, **details: Any) -> dict[str, Any]:
             file.write(line[:-1] + b', "hash": "' + _hash(line).encode() + b'"}\n')
             file.flush()
             os.fsync(file.fileno())
-    del record["previous"]
-    return json.loads(json.dumps(record))
+    return {key: value for key, value in json.loads(line).items() if key != "previous"}
 
 
 def head(path: Path) -> Head:

@@ -229,8 +229,8 @@ def _measured(root: Path, erased: Record) -> list[str]:
     stages = (read_results(root) or {}).get("stages") or []
     at = next((i for i, stage in enumerate(stages) if stage["stage"] == erased["name"]), None)
     if not at:  # the first stage is the base model
-        return [f"\n{MEASURED}\n", "Nothing: the run's results do not hold this request.", ""]
-    lines = [f"\n{MEASURED}\n", "| examples | metric | before | after |", "|---|---|---|---|"]
+        return [MEASURED, "", "Nothing: the run's results do not hold this request.", ""]
+    lines = [MEASURED, "", "| examples | metric | before | after |", "|---|---|---|---|"]
     for part in ("groups", "tasks"):
         before, after = ((stages[i].get(part) or {}) for i in (at - 1, at))
         for group, found in after.items():

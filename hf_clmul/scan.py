@@ -142,7 +142,9 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
             continue
         if is_evaluation(name):
             what = f"evaluation records quote {_count(len(hashes))}"
-            yield Finding("evaluation", name, what, "`hf-clmul scan --redact` blanks the texts and keeps the figures")
+            yield Finding(
+                "evaluation", name, what, "`hf-clmul scan RUN --redact` blanks the texts and keeps the figures"
+            )
         elif name.startswith("memory/"):
             yield Finding(
                 "leftover",
