@@ -327,7 +327,7 @@ def scan(
         for finding in found:
             say(str(finding))
         if not any(finding.wrong for finding in found):
-            say(f"{run_folder}: nothing is left of erased examples that should not be")
+            say(f"{run_folder}: nothing was found that should not be there")
             return
         raise typer.Exit(1)
 

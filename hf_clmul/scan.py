@@ -1,5 +1,5 @@
-"""Searches a run folder for what still descends from erased examples: artefacts that the ledger names, copies of deleted
-files, and texts. It only reads. It knows where things lie in a run folder; nothing of models."""
+"""Searches a run folder for what still descends from erased examples: artefacts that the ledger names, copies of
+deleted files, and texts. It only reads. It knows where things lie in a run folder; nothing of models."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ _LIVING = ("adapter", "merge", "export", "memory")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a scan. `kind` is leftover, copy, unrecorded, quote, evaluation (all wrong), or approximate, filter, note
-    (said, not wrong); `path` is relative to the run folder, empty for a note on the whole of it."""
+    """One line of a scan. `kind` is leftover, copy, unrecorded, quote, evaluation (all wrong), or approximate, filter,
+    note (said, not wrong); `path` is relative to the run folder, empty for a note on the whole of it."""
 
     kind: str
     path: str
@@ -47,8 +47,8 @@ class Finding:
 
 
 def scan(root: Path, data: Path | None = None) -> list[Finding]:
-    """Everything in a run folder that descends from erased examples. `data` is a file with rows, to know erased texts that are
-    nowhere else. Raises RunError for a folder that is not a run, and for a broken ledger."""
+    """Everything in a run folder that descends from erased examples. `data` is a file with rows, to know erased texts
+    that are nowhere else. Raises RunError for a folder that is not a run, and for a broken ledger."""
     events = read_events(root)
     stones = tombstones(events)
     if not stones:
@@ -145,7 +145,9 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
             continue
         if is_evaluation(name):
             what = f"evaluation records quote {_count(len(hashes))}"
-            yield Finding("evaluation", name, what, "`hf-clmul scan --redact` blanks the texts and keeps the figures")
+            yield Finding(
+                "evaluation", name, what, "`hf-clmul scan RUN --redact` blanks the texts and keeps the figures"
+            )
         elif name.startswith("memory/"):
             yield Finding(
                 "leftover",
@@ -166,7 +168,8 @@ def _unknown(erased: Erased) -> Iterator[Finding]:
 
 
 def without_key(root: Path) -> Finding:
-    what = f"{root / KEY} is gone or another one: the ledger is anonymous, and erased examples cannot be recognised in any file"
+    gone = f"{root / KEY} is gone or another one: the ledger is anonymous"
+    what = f"{gone}, and erased examples cannot be recognised in any file"
     return Finding("note", "", what, "only artefacts that the ledger names were looked for")
 
 

@@ -21,6 +21,7 @@ from hf_clmul.evaluation import SUITES
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import TEACHERS
 from hf_clmul.objectives import TERMS
+from hf_clmul.objectives.penalties import PENALTIES
 from hf_clmul.recipe import dump_recipe, load_recipe, recipe_schema
 
 PLAN = [
@@ -217,7 +218,7 @@ def test_ls_lists_every_name_a_recipe_can_use(folder, monkeypatch):
     roles = ("forget", "retain", "learn")
     terms = [name for role in roles for name, term in TERMS.items() if role in term.roles]
     names = [row[0] for row in rows if row[0]]  # a long line goes on in a row without a name
-    assert names == ["first", *terms, *CONFLICT_RULES, *TEACHERS, *SUITES]
+    assert names == ["first", *terms, *PENALTIES, *CONFLICT_RULES, *TEACHERS, *SUITES]
     assert ["npo", "negative preference optimisation against the teacher", "arXiv 2404.05868"] in rows
 
 
