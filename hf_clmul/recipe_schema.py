@@ -180,7 +180,8 @@ class Evaluation(Section):
     """What is measured before and after each request."""
 
     suites: list[str] = ["basic"]
-    max_examples: Count = Field(16, description="fixed examples of each group but forget, which is always whole")
+    max_examples: Count = Field(16, description="fixed examples of each task and of held_out")
+    max_forgotten: Count | None = Field(None, description="fixed examples of what is forgotten; all, if left out")
     held_out: str | None = Field(None, description="a name from the section `data`: never trained on")
     forget: str | None = Field(
         None, description="for a reference model, which never learns it: the data that others forget"

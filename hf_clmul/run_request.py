@@ -155,6 +155,8 @@ def _begin(run: Run, step: Step) -> None:
     run.ledger.check(step)
     run.folder.start(run.recipe, run.steps, step)
     run.ledger.starting(step)
+    if not step.jobs:
+        run.ledger.training(step, None, run.recipe_sha256, False, why(run.recipe, run.steps, step))
 
 
 def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
