@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_clmul import __version__
 from hf_clmul.errors import ClmulError
@@ -26,8 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+ledger_app = typer.Typer(help="The record of what was done with what data.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
 Source = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, a built-in name, or hf://user/repo/file.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings to change.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 PACKAGES = (
     "torch",
@@ -63,7 +67,7 @@ def console(stderr: bool = False) -> Console:
 
 def say(text: str, stderr: bool = False) -> None:
     """Prints text as it is: no markup, no wrapping, so that it can be copied and searched."""
-    console(stderr).print(text, markup=False, soft_wrap=True)
+    console(stderr).print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager
@@ -233,7 +237,7 @@ def copy(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
+    run_folder: RunFolder,
     debug: Debug = False,
 ) -> None:
     """Write the report of a run anew from its results."""
@@ -241,6 +245,91 @@ def report(
         from hf_clmul.report import write_report
 
         say(f"report: {write_report(run_folder)}")
+
+
+@ledger_app.command("verify")
+def verify_ledger(run_folder: RunFolder, debug: Debug = False) -> None:
+    """Check that nobody changed, removed, put in or moved a line of the ledger."""
+    with errors_explained(debug):
+        from hf_clmul.ledger_words import verified
+
+        say(verified(run_folder))
+
+
+@ledger_app.command("show")
+def show_ledger(
+    run_folder: RunFolder,
+    as_json: Annotated[bool, typer.Option("--json", help="All events, whole.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the ledger, the newest event last."""
+    with errors_explained(debug):
+        from hf_clmul.ledger_files import read_records
+        from hf_clmul.ledger_words import event_rows
+
+        records = read_records(run_folder)
+        if as_json:
+            say(json.dumps(records, indent=1))
+            return
+        table = Table("n", "time (UTC)", "event", "what")
+        for row in event_rows(records):
+            table.add_row(*map(Text, row))  # names may hold brackets, which are no markup
+        console().print(table)
+
+
+@app.command()
+def receipt(
+    request: Annotated[str | None, typer.Argument(metavar="[REQUEST]", help="Name of an unlearn request.")] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run", help="Default: here, or the only one in runs/.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: print it.")] = None,
+    check: Annotated[Path | None, typer.Option(help="A receipt to compare with the run.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Give a signed record of an erasure, to hand over; or check one."""
+    with errors_explained(debug):
+        if (request is None) == (check is None):
+            say("give the name of an unlearn request, or --check FILE", stderr=True)
+            raise typer.Exit(2)
+        from hf_clmul import receipt as receipts
+        from hf_clmul.ledger_files import find_run
+        from hf_clmul.paths import atomic_write
+
+        folder = find_run(run_folder)
+        if check is not None:
+            found = receipts.check(folder, receipts.read(check))
+            say("\n".join(found.lines(check)), stderr=bool(found.problems))
+            raise typer.Exit(1 if found.problems else 0)
+        text = receipts.receipt(folder, request)
+        if output is None:
+            say(text.rstrip("\n"))
+        elif is_main_process():
+            atomic_write(output, text)
+            say(f"{output}")
+
+
+@app.command()
+def scan(
+    run_folder: RunFolder,
+    data: Annotated[Path | None, typer.Option(help="A file with erased rows, to search for their texts.")] = None,
+    redact: Annotated[bool, typer.Option("--redact", help="Blank erased texts in evaluation records.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Search a run folder for what still descends from erased examples. Exit code 1 if something does."""
+    with errors_explained(debug):
+        from hf_clmul.scan import scan as search
+
+        if redact and is_main_process():
+            from hf_clmul.scan_redact import redact as blank
+
+            for name in blank(run_folder, data):
+                say(f"redacted: {name}")
+        found = search(run_folder, data)
+        for finding in found:
+            say(str(finding))
+        if not any(finding.wrong for finding in found):
+            say(f"{run_folder}: nothing is left of erased examples that should not be")
+            return
+        raise typer.Exit(1)
 
 
 @app.command()

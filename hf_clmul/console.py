@@ -3,6 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_clmul.evaluation.stream import TASK
+from hf_clmul.report_stream import (
+    FORGOTTEN,
+    KNOWN,
+    LEARNED,
+    LEGEND,
+    MARKS,
+    UNSEEN,
+    cell_state,
+    has_stream,
+    metric_rows,
+    stage_name,
+)
 from hf_clmul.report_tables import (
     DASH,
     FORGET,
@@ -11,6 +24,7 @@ from hf_clmul.report_tables import (
     group_tables,
     group_title,
     has_unlearned,
+    metric_label,
     sample_groups,
 )
 
@@ -22,14 +36,16 @@ if TYPE_CHECKING:
 # Colours of the terminal's own palette: it knows whether its background is light or dark.
 _STYLES = {FORGET: "bold yellow", RETAIN: "bold blue", HELD_OUT: "bold green"}
 _SHOWN_STAGES = 4
+_R_ROWS, _R_COLUMNS = 11, 6
+_STATES = {UNSEEN: "dim", LEARNED: "bold", KNOWN: "", FORGOTTEN: "yellow"}
 
 
 def print_results(results: Mapping[str, Any], console: "Console | None" = None) -> None:
-    """Prints the sample answers and the table of metrics, on standard output if no console is given."""
+    """Prints the sample answers, the metrics and, where it says more, R; on standard output if no console is given."""
     from rich.console import Console
 
     console = console or Console()
-    for table in (samples_table(results), results_table(results)):
+    for table in (samples_table(results), results_table(results), *([r_table(results)] if _is_stream(results) else [])):
         console.print()
         console.print(table)
 
@@ -78,6 +94,47 @@ def samples_table(results: Mapping[str, Any]) -> "Table":
             texts = [sample.generated[i][1].strip() or "(nothing was generated)" for i in shown]
             table.add_row(asked, *map(Text, texts))
     return table
+
+
+def r_table(results: Mapping[str, Any]) -> "Table":
+    """R in two decimals: stages as rows, tasks and forgotten parts as columns, and the metrics of the stream below.
+
+    Readable from 80 columns on. Of many stages it shows the first and the last, of many columns the last, and says so.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = results["stream"]
+    rows, columns = range(len(found["matrix"])), range(len(found["columns"]))
+    shown = [*rows[:1], *rows[max(1, len(rows) - _R_ROWS) :]]
+    kept = columns[-_R_COLUMNS:]
+    lines = [LEGEND]
+    if len(shown) < len(rows) or len(kept) < len(columns):
+        left = f"{len(rows) - len(shown)} stages and {len(columns) - len(kept)} columns"
+        lines.append(f"{left} are left out here; the report has them.")
+    lines += [f"{row.label}: {row.value}" for row in metric_rows(results) if row.value != DASH]
+    title = f"R: {metric_label(found['score'])} after each request"
+    table = Table(title=Text(title), caption=Text("\n".join(lines)), box=box.SIMPLE_HEAD)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("after", min_width=19, max_width=26, overflow="fold")
+    for j in kept:
+        table.add_column(Text(found["columns"][j]["name"]), justify="right", max_width=12, overflow="fold")
+    for t in shown:
+        cells = []
+        for j in kept:
+            value, state = found["matrix"][t][j], cell_state(found["columns"][j], t)
+            cells.append(Text((DASH if value is None else f"{value:.2f}") + MARKS[state], style=_STATES[state]))
+        table.add_row(Text(stage_name(results["stages"][t])), *cells)
+    return table
+
+
+def _is_stream(results: Mapping[str, Any]) -> bool:
+    """Of one task and two requests the other table says all."""
+    if not has_stream(results):
+        return False
+    found = results["stream"]
+    return len(found["matrix"]) > 3 or sum(column["kind"] == TASK for column in found["columns"]) > 1
 
 
 def _shown_stages(stages: Sequence[Mapping[str, Any]]) -> list[int]:

@@ -4,6 +4,7 @@ the architecture is built on the meta device."""
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_clmul.claims import APPROXIMATE
 from hf_clmul.data.sources import encode_dataset
 from hf_clmul.errors import RecipeError
 from hf_clmul.exactness import exact_instead, why
@@ -11,10 +12,12 @@ from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.job_steps import draws, optimizer_steps
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
+from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
-from hf_clmul.plan import APPROXIMATE, Job, Step
+from hf_clmul.plan import Job, Step
+from hf_clmul.preparation import is_random
 from hf_clmul.recipe_schema import Recipe
 from hf_clmul.recipe_streams import BASE
 from hf_clmul.training_args import ClmulConfig
@@ -96,9 +99,11 @@ def _size(recipe: Recipe, step: Step, job: Job, model: Any) -> dict[str, int]:
     kept = _teacher_is_a_copy(recipe, job)
     kept += "forget" in job.roles and _reinforced(recipe.unlearning.forget) is not None
     choosing, salient = _of_saliency(recipe, job, count, once)
+    unlearned = active_terms("forget", recipe.unlearning.forget) if "forget" in job.roles else []
+    models = 1 + any(is_random(active) for active in unlearned)
     return {
         "trainable_parameters": count,
-        "memory_bytes": weights + kept * once + max(choosing, _copies(recipe, job) * once + salient),
+        "memory_bytes": models * weights + kept * once + max(choosing, _copies(recipe, job) * once + salient),
     }
 
 
@@ -130,7 +135,9 @@ def _of_saliency(recipe: Recipe, job: Job, count: int, once: int) -> tuple[int, 
 
 
 def _teacher_is_a_copy(recipe: Recipe, job: Job) -> bool:
-    """A new adapter is its own teacher when switched off; whatever else trains is copied."""
+    """A new adapter is its own teacher when switched off; whatever else trains is copied. A moving average always is one."""
+    if teacher_choice(recipe.teacher)[1] is not None:
+        return True
     learns = "learn" in job.roles
     wanted = {
         "learn": recipe.learning.learn, "forget": recipe.unlearning.forget, "retain": recipe.unlearning.retain,

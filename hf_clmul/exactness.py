@@ -4,12 +4,13 @@ would take. Knows the plan; nothing of models or files."""
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hf_clmul.claims import EXACT_BY_DELETION, EXACT_BY_RETRAINING, FILTER
 from hf_clmul.data.shards import cost
 from hf_clmul.data.sources import content
 from hf_clmul.job_steps import optimizer_steps
 from hf_clmul.lineage import Lineage, Node
 from hf_clmul.objectives import TERMS
-from hf_clmul.plan import DELETION, FILTER, RETRAINING, Job, Step
+from hf_clmul.plan import Job, Step
 from hf_clmul.recipe_schema import Learn, Recipe
 from hf_clmul.recipe_streams import BASE
 
@@ -71,11 +72,11 @@ def why(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
     """One sentence on what a request does to the model and, of an unlearn request, why it is exact or is not."""
     if isinstance(step.request, Learn):
         return _why_learn(recipe, step)
-    if step.how == DELETION:
+    if step.how == EXACT_BY_DELETION:
         return (
             f"{step.request.from_task} is isolated: what learned these rows is deleted, and nothing else has met them"
         )
-    if step.how == RETRAINING:
+    if step.how == EXACT_BY_RETRAINING:
         return _why_retraining(recipe, step)
     if step.how == FILTER:
         return "an adapter hides what the base still knows; whoever switches it off has it back"

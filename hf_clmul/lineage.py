@@ -1,5 +1,5 @@
-"""What descends from what: the artefacts of a run as a graph, and the closure of a deletion in it. It knows names and parents;
-what an artefact holds, and how it is made anew, is its maker's business."""
+"""What descends from what: the artefacts of a run as a graph, and the closure of a deletion in it. It knows names and
+parents; what an artefact holds, and how it is made anew, is its maker's business."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Lineage:
         for node in self.nodes.values():
             self._known(node.parents, f"artefact {node.name!r} descends from")
         try:
-            # Of several possible orders the one in which the nodes were given, so that a plan reads the same every time.
+            # Of several possible orders the one in which the nodes were given: a plan reads the same every time.
             self._order = tuple(TopologicalSorter({n.name: n.parents for n in self.nodes.values()}).static_order())
         except CycleError as error:
             raise ValueError(f"artefacts descend from themselves: {' -> '.join(error.args[1])}") from None

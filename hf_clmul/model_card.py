@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_clmul.claims import MEANINGS, claims
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.objectives import TERMS
 from hf_clmul.report_tables import DASH, group_tables, has_unlearned
@@ -56,7 +57,8 @@ def model_card(results: Mapping[str, Any], recipe_text: str, kind: Kind, base_mo
         base=results["model"]["path"],
         revision_argument=f", revision={json.dumps(revision)}" if hub_id and revision else "",
         requests=[stage for stage in results["stages"] if stage["kind"] != "base"],
-        approximate=any(stage["how"].startswith("approximate") for stage in results["stages"]),
+        claims=claims(results),
+        meanings=MEANINGS,
         summary=summary(results),
         unlearned=has_unlearned(results),
         checks=checks(results),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from hf_clmul.claims import APPROXIMATE, EXACT_BY_DELETION, EXACT_BY_RETRAINING, FILTER
 from hf_clmul.data.memory import remembered
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.shards import affected, assign
@@ -18,9 +19,6 @@ from hf_clmul.recipe_schema import Learn, Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE, STREAM
 
 Roles = dict[str, list[Example]]
-DELETION, RETRAINING, APPROXIMATE, FILTER = (
-    "exact by deletion", "exact by partial retraining", "approximate", "filter",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,9 @@ class _Stream:
             self._check_isolated(request, i, forget)
             jobs, removed = self._without(request, task, forget)
             self._forgotten(request, forget)
-            self._add(i, name, request, {"forget": forget}, jobs, RETRAINING if jobs else DELETION, removed)
+            self._add(
+                i, name, request, {"forget": forget}, jobs, EXACT_BY_RETRAINING if jobs else EXACT_BY_DELETION, removed
+            )
             return
         self._forgotten(request, forget)
         unlearning = self.recipe.unlearning

@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType, TrainOutput
 
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
-from hf_clmul.models import adapters
+from hf_clmul.models import adapters, causal_lm
 from hf_clmul.models.alternatives import encoded_alternatives, own_alternatives
-from hf_clmul.models.teachers import Reinforced
+from hf_clmul.models.teachers import Reinforced, random_like
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives import preparation as settings
 from hf_clmul.objectives.active import ActiveTerm
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str, list[ActiveTerm]]) -> None:
     """Raises ValueError for what cannot be prepared: an edit beside other roles' terms, of an adapter or with options
-    of training; and training before the training where weights are sharded."""
+    of training; and whole models where weights are sharded."""
     for active in terms.get(FORGET, ()):
         name = f"{FORGET}/{active.name}"
         others = [role for role in terms if role != FORGET]
@@ -42,8 +43,8 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
             raise ValueError(
                 f"{name} is an edit, which takes no step, so that no {others[0]} term can act: give {others[0]}={{}}."
             )
-        options = {"lookahead": args.lookahead, "saliency": args.saliency} if active.term.edit else {}
-        for option in (option for option, value in options.items() if value is not None):
+        options = {"lookahead": args.lookahead, "saliency": args.saliency, "penalties": args.penalties or None}
+        for option in (option for option, value in options.items() if active.term.edit and value is not None):
             raise ValueError(f"{name} is an edit, which takes no step, so that {option} cannot act: leave it out.")
         if active.term.edit and isinstance(model, PeftModel):
             raise ValueError(
@@ -54,11 +55,20 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
             raise ValueError(f"{name} needs the whole model before training, and DeepSpeed keeps it in parts: use DDP.")
         if "reinforced" in active.term.needs and args.fsdp:
             raise ValueError(f"{name} trains the model twice, and FSDP cannot shard it again in between: use DDP.")
+        sharded = (
+            bool(args.fsdp) or args.deepspeed is not None or any(isinstance(m, FSDPModule) for m in model.modules())
+        )
+        if is_random(active) and sharded:
+            raise ValueError(
+                f"{name} makes a whole model with random weights on each rank, where FSDP and DeepSpeed keep models in parts: "
+                "give it `weights: uniform`, or use DDP."
+            )
 
 
-def prepare(trainer: "ClmulTrainer") -> Reinforced | None:
-    """Writes the alternatives that terms ask for, on every rank alike, and returns the reinforced model if one does."""
-    reinforced = None
+def prepare(trainer: "ClmulTrainer") -> tuple[Reinforced | None, nn.Module | None]:
+    """Writes the alternatives that terms ask for, on every rank alike, and returns the reinforced model and the one with random
+    weights, each if a term asks for it."""
+    reinforced = incompetent = None
     for role, terms in trainer.terms.items():
         for active in terms:
             if "generated" in active.term.needs:
@@ -66,7 +76,34 @@ def prepare(trainer: "ClmulTrainer") -> Reinforced | None:
             if "reinforced" in active.term.needs:
                 with reinforcing(trainer, active.preparation) as model:
                     reinforced = Reinforced(model)
-    return reinforced
+            if is_random(active):
+                model = trainer.accelerator.unwrap_model(trainer.model)
+                incompetent = random_like(model, derived_seed(trainer.args.seed, "incompetent"))
+    return reinforced, incompetent
+
+
+def is_random(active: ActiveTerm) -> bool:
+    """Whether the term asks for a teacher with random weights."""
+    return "incompetent" in active.term.needs and active.preparation.weights == "random"
+
+
+def forget_gradient(trainer: "ClmulTrainer", model: nn.Module) -> dict[str, Tensor]:
+    """Gradient {parameter: tensor} of the forget answers' mean log-probability, at the model as it is, over all
+    examples. Every rank works it out; rank 0's counts."""
+    rows, size = trainer.train_dataset.roles[FORGET], trainer.args.per_device_train_batch_size
+    batches = [trainer.data_collator.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    model.zero_grad()
+    tokens = sum(sum(batch["lengths"]) for batch in batches)
+    with adapters.untouched(model):
+        model.eval()
+        for batch in batches:
+            inputs = trainer._prepare_inputs(batch)
+            with trainer.accelerator.autocast():
+                prediction = causal_lm.predict(model, inputs, frozenset({"logps"}), trainer._accepted)
+            (prediction.logps.sum() / tokens).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad()
+    return broadcast(found)  # rounding must not give ranks other masks
 
 
 def edit(trainer: "ClmulTrainer", resume_from_checkpoint: Any = None) -> TrainOutput:

@@ -1,6 +1,6 @@
 """What the trainer cannot honour, refused before training with the reason and the remedy. It trains nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,8 @@ from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import ActiveRule
 from hf_clmul.gradients.options import Lookahead
 from hf_clmul.models import adapters
+from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.objectives.active import ActiveTerm
 
 if TYPE_CHECKING:
     from hf_clmul.training_args import ClmulConfig
@@ -25,15 +27,16 @@ def refuse(
     peft_config: Any,
     rule: ActiveRule,
     lookahead: Lookahead | None,
-    roles: Sequence[str],
+    terms: Mapping[str, Sequence[ActiveTerm]],
     given: dict[str, Any],
 ) -> None:
     """Raises ValueError, one line for each thing that cannot be honoured. `given` holds the arguments of
     `Trainer` that `ClmulTrainer` does not name."""
     sharded = bool(args.fsdp) or any(isinstance(module, FSDPModule) for module in model.modules())
     problems = [*_of_arguments(args, rule, sharded), *_of_trainer(given), *_of_model(model, peft_config)]
+    problems += _of_coupled(args, terms)
     if lookahead is not None:
-        problems += _of_lookahead(args, model, peft_config, lookahead, rule, roles)
+        problems += _of_lookahead(args, model, peft_config, lookahead, rule, list(terms))
     if problems:
         raise ValueError("ClmulTrainer cannot do what was asked:\n" + "\n".join(f"- {text}" for text in problems))
 
@@ -51,9 +54,13 @@ def _of_arguments(args: "ClmulConfig", rule: ActiveRule, sharded: bool) -> list[
          "rule that needs inner products only, such as 'pcgrad_retain_first' or 'agem'."),
         ((sharded or args.deepspeed is not None) and args.saliency is not None,
          "saliency looks at whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP."),
+        ((sharded or args.deepspeed is not None) and bool(args.penalties),
+         "penalties look at whole weights, and FSDP and DeepSpeed leave each rank a part: use DDP."),
         (bool(args.fsdp or args.deepspeed) and args.trainable is not None,
          "trainable chooses parameters by the names of the whole model, which FSDP and DeepSpeed replace: use DDP, or an "
          "adapter with target_modules."),
+        ((sharded or args.deepspeed is not None) and teacher_choice(args.teacher)[1] is not None,
+         "teacher='ema' keeps whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP, or 'before_request'."),
         (optimizer in INSIDE_BACKWARD or "layerwise" in optimizer.value,
          f"optim={optimizer.value!r} updates weights inside the backward pass, before gradients can be combined: "
          "use 'adamw_torch' or another ordinary optimizer."),
@@ -96,6 +103,18 @@ def _of_lookahead(
          f"lookahead mode 'exact' needs attention with a second derivative, which {model.config._attn_implementation!r} "
          "has not: load the model with attn_implementation='eager', or use mode='cross'."),
     ) if wrong]  # fmt: skip
+
+
+def _of_coupled(args: "ClmulConfig", terms: Mapping[str, Sequence[ActiveTerm]]) -> list[str]:
+    names = [f"{role}/{active.name}" for role, of_role in terms.items() for active in of_role if active.term.coupled]
+    accumulated, size = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    return [f"{names[0]} compares the examples of a batch with each other, {text}" for wrong, text in (
+        (accumulated > 1, f"and gradient_accumulation_steps={accumulated} cuts the batch apart: set it to 1 and raise "
+         "per_device_train_batch_size, with activation_checkpointing where memory is short, or leave the term out."),
+        (args.world_size > 1, f"and {args.world_size} ranks each see a part of it: train with one process, or leave the term "
+         "out."),
+        (size < 2, "and per_device_train_batch_size=1 leaves nothing to compare: set it to 2 or more."),
+    ) if names and wrong]  # fmt: skip
 
 
 def _of_trainer(given: dict[str, Any]) -> list[str]:

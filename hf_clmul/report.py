@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.claims import claims, explained
 from hf_clmul.errors import RunError
+from hf_clmul.report_stream import (
+    LEGEND,
+    StreamMetric,
+    StreamTable,
+    Unlearned,
+    has_stream,
+    metric_rows,
+    stream_table,
+    unlearned_rows,
+)
 from hf_clmul.report_tables import (
     DASH,
     FORGET,
@@ -17,6 +28,7 @@ from hf_clmul.report_tables import (
     group_tables,
     has_unlearned,
     metric_keys,
+    metric_label,
     metric_meaning,
     sample_groups,
 )
@@ -24,6 +36,7 @@ from hf_clmul.report_words import checks, format_bytes, format_seconds, key_figu
 
 SCHEMA = 1
 _TEMPLATE = "report.html.j2"
+_DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page
 
 Record = dict[str, Any]
 Facts = list[tuple[str, str]]
@@ -47,6 +60,19 @@ class Training:
     facts: str
     pictures: list[Picture]
     missing: str | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The matrix R as a table and as a picture of `width` pixels, its metrics, and what was unlearned."""
+
+    table: StreamTable
+    legend: str
+    picture: Picture
+    width: int
+    metrics: list[StreamMetric]
+    unlearned: list[Unlearned]
+    meanings: list[str]
 
 
 def write_report(run: Path) -> Path:
@@ -77,8 +103,10 @@ def write_report(run: Path) -> Path:
         tables=group_tables(results),
         reference=results["reference"],
         unlearned=has_unlearned(results),
+        stream=_stream(results, folder) if has_stream(results) else None,
         bars=_bars(results, folder),
-        trainings=[_training(run, stage, folder) for stage in results["stages"] if stage["kind"] != "base"],
+        left_out=max(0, len(results["stages"]) - _DRAWN),
+        trainings=_trainings(run, results, folder),
         samples=sample_groups(results),
         titles={table.key: table for table in group_tables(results)},
         facts=_facts(run, results),
@@ -109,9 +137,31 @@ def _read_results(run: Path) -> Record:
     return results
 
 
+def _stream(results: Record, folder: Path) -> Stream:
+    from hf_clmul import report_stream_figure as figures
+
+    return Stream(
+        table=stream_table(results),
+        legend=LEGEND,
+        picture=_picture(
+            lambda theme: figures.heat_map(results, theme),
+            folder / "stream.png",
+            figures.describe_heat_map(results),
+            f"{metric_label(results['stream']['score'])} of each column after each request. Framed: learned by this "
+            "request; hatched: forgotten.",
+        ),
+        width=round(96 * figures.heat_map_width(results)),
+        metrics=metric_rows(results),
+        unlearned=unlearned_rows(results),
+        meanings=[explained(claim) for claim in claims(results)],
+    )
+
+
 def _bars(results: Record, folder: Path) -> list[Picture]:
     from hf_clmul import report_figures as figures
 
+    if len(results["stages"]) > _DRAWN:
+        results = {**results, "stages": [results["stages"][0], *results["stages"][1 - _DRAWN :]]}
     metrics = dict.fromkeys(
         name
         for group in group_keys(results)
@@ -135,12 +185,20 @@ def _bars_caption(metric: str) -> str:
     return caption[:1].upper() + caption[1:]
 
 
-def _training(run: Path, stage: Record, folder: Path) -> Training:
+def _trainings(run: Path, results: Record, folder: Path) -> list[Training]:
+    requests = [stage for stage in results["stages"] if stage["kind"] != "base"]
+    return [_training(run, stage, folder, i >= len(requests) - _DRAWN) for i, stage in enumerate(requests)]
+
+
+def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
     from hf_clmul import report_figures as figures
 
+    log = stage["log"] or "its log"
     counts = ", ".join(f"{count} {role} examples" for role, count in stage["examples"].items())
     took = f"{stage['steps']} steps in {format_seconds(stage['seconds'])}"
     facts = "; ".join(part for part in (stage["how"], counts, took) if part)
+    if not drawn:
+        return Training(stage["title"], facts, [], f"only the last {_DRAWN} requests are drawn; {log} has the numbers")
     records = [] if stage["log"] is None else _read_log(run / stage["log"])
     pictures = [
         _picture(
@@ -152,7 +210,7 @@ def _training(run: Path, stage: Record, folder: Path) -> Training:
         for curves in figures.CURVES
         if figures.drawable(records, curves)
     ]
-    missing = None if pictures else f"{stage['log'] or 'its log'} holds none"
+    missing = None if pictures else f"{log} holds none"
     return Training(stage["title"], facts, pictures, missing)
 
 

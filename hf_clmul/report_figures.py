@@ -110,7 +110,7 @@ def metric_bars(results: Mapping[str, Any], metric: str, theme: Theme) -> Figure
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
     axes.set_title(metric_label(metric), loc="left", fontsize=10, fontweight="bold", color=theme.ink, pad=8)
     keys = [
-        Patch(color=_tint(theme.muted, theme, i, len(stages)), label=_short(stage["title"]))
+        Patch(color=_tint(theme.muted, theme, i, len(stages)), label=short(stage["title"]))
         for i, stage in enumerate(stages)
     ]
     keys += [Patch(**_hatched(theme.muted), label="retrained (reference)")] if referenced else []
@@ -309,9 +309,10 @@ def _sized(results: Mapping[str, Any], group: str) -> str:
     return f"{group_title(group)}\nn = {', '.join(map(str, counts))}"
 
 
-def _short(title: str) -> str:
-    short = title if len(title) <= 50 else f"{title[:49]}…"
-    return short.replace("$", r"\$")  # matplotlib reads formulas between dollar signs
+def short(title: str, most: int = 50) -> str:
+    """A title of at most `most` characters, as matplotlib shows it unchanged."""
+    cut = title if len(title) <= most else f"{title[: most - 1]}…"
+    return cut.replace("$", r"\$")  # it reads formulas between dollar signs
 
 
 def _names(records: Records, prefix: str) -> list[str]:

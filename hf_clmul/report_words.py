@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_clmul.claims import claims, explained
 from hf_clmul.report_tables import (
     DASH,
     FORGET,
@@ -76,11 +77,7 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     unlearned = _last(requests, "unlearn")
     if unlearned is not None:
         sentences.append(_about_reference(results))
-        if unlearned[1]["how"].startswith("approximate"):
-            sentences.append(
-                "Approximate means that further training made the answers improbable; "
-                "it is no proof that nothing of them is left."
-            )
+        sentences += [explained(claim) for claim in claims(results)]
     return sentences
 
 

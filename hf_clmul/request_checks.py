@@ -10,6 +10,8 @@ from hf_clmul.gradients.active import ActiveRule, active_rule
 from hf_clmul.gradients.conflict import UNOPPOSED, rule_name
 from hf_clmul.gradients.options import Lookahead, options
 from hf_clmul.models import adapters
+from hf_clmul.objectives.penalties import active_penalties
+from hf_clmul.penalised import check_penalties
 from hf_clmul.preparation import check_preparations
 from hf_clmul.refusals import refuse
 from hf_clmul.role_data import Terms, check_layers, encoded_roles, pad_token_id, role_terms
@@ -45,11 +47,12 @@ def understood(
     several = len(terms) > 1  # one role has nothing to be in conflict with
     rule = active_rule((conflict_rule or args.conflict) if several else "sum")
     lookahead = options(Lookahead, "lookahead", args.lookahead) if several else None
-    refuse(args, model, peft_config, rule, lookahead, list(terms), dict(given or {}))
+    refuse(args, model, peft_config, rule, lookahead, terms, dict(given or {}))
     if peft_config is not None:
         model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
     check_layers(model, terms, args.trainable)
     check_preparations(args, model, terms)
+    check_penalties(model, active_penalties(args.penalties))
     if not several and args.retain == {}:
         _check_single_role(args, conflict_rule)
     pad = pad_token_id(tokenizer)

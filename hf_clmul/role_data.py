@@ -2,11 +2,12 @@
 it trains nothing."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from hf_clmul.data.encoding import Encoded, encode_answer
+from hf_clmul.data.encoding import CLASS_ID, Encoded, encode_answer
 from hf_clmul.data.roles import RoleDataset
 from hf_clmul.data.sources import encode_dataset, refusals
 from hf_clmul.models import hidden
@@ -44,7 +45,25 @@ def role_terms(args: "ClmulConfig", datasets: Any) -> Terms:
     anchor = LEARN if LEARN in found else FORGET
     if not terms[anchor]:
         raise ValueError(f"no term is given for {anchor!r}: nothing would be trained.")
-    return {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
+    acting = {role: active for role, active in terms.items() if active}  # `retain: {}` forgets without retaining
+    return acting if args.gamma is None else _weighed(acting, args.gamma)
+
+
+def _weighed(terms: Terms, gamma: float) -> Terms:
+    """Forgetting times 1 - gamma, all else times gamma: UniCLUN (arXiv 2408.11374, equation 11)."""
+    if FORGET not in terms:
+        raise ValueError(
+            "gamma weighs what is to be forgotten against all else, but train_dataset has no `forget`: leave gamma out."
+        )
+    if len(terms) == 1:
+        raise ValueError(
+            "gamma weighs what is to be forgotten against all else, and there is no other role: leave gamma out, or give data "
+            "and terms for `retain` or `memory`."
+        )
+    share = {role: 1 - gamma if role == FORGET else gamma for role in terms}
+    return {
+        role: [replace(term, weight=share[role] * term.weight) for term in of_role] for role, of_role in terms.items()
+    }
 
 
 def check_layers(model: nn.Module, terms: Terms, trainable: str | None = None) -> None:
@@ -85,6 +104,9 @@ def encoded_roles(datasets: Any, terms: Terms, args: "ClmulConfig", tokenizer: A
     empty = [role for role, examples in roles.items() if len(examples) == 0]
     if empty:
         raise ValueError(f"the {empty[0]} set is empty: nothing to {'unlearn' if empty[0] == FORGET else 'train on'}.")
+    _check_classes(terms, roles)
+    for role, active in terms.items():
+        _check_stored(role, active, roles[role])
     sources = {role: alternatives_from(active) for role, active in terms.items()}
     refused = [role for role, source in sources.items() if source == "refusal"]
     answers = [encode_answer(text, tokenizer) for text in refusals()] if refused else []
@@ -113,6 +135,31 @@ def _column(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> list
             "section), or take a term that needs none, such as idk, which prefers refusals."
         )
     return [[example["alternative_ids"]] for example in examples]
+
+
+def _check_classes(terms: Terms, roles: Mapping[str, list[Encoded]]) -> None:
+    """Raises ValueError for a term that needs classes where an example has none."""
+    for role, active in terms.items():
+        without = [i for i, example in enumerate(roles[role]) if CLASS_ID not in example]
+        for term in active if without else ():
+            if "classes" in term.term.needs:
+                raise ValueError(
+                    f"{role}/{term.name}: example {without[0]} ({len(without)} of {len(roles[role])}) has no class: give the "
+                    "data a column `class` of texts or whole numbers (in a recipe, `columns: {class: YOUR_NAME}` of the data "
+                    "section), or leave the term out."
+                )
+
+
+def _check_stored(role: str, terms: list[ActiveTerm], examples: list[Encoded]) -> None:
+    """Raises ValueError for an example without the stored targets that a term asks for."""
+    asking = [t.name for t in terms if "stored" in t.term.needs]
+    without = [i for i, example in enumerate(examples) if "stored_ids" not in example] if asking else []
+    if without:
+        raise ValueError(
+            f"{role}/{asking[0]}: example {without[0]} ({len(without)} of {len(examples)}) has no stored targets: have them "
+            "stored with the memory (in a recipe, `memory: {top_k: 64}`; in Python, hf_clmul.models.stored), or take a term "
+            "that asks a teacher, such as kl."
+        )
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -13,28 +13,29 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from hf_clmul import ledger
+from hf_clmul import carried, ledger
+from hf_clmul.claims import FILTER
 from hf_clmul.columns import evaluated, groups, texts
-from hf_clmul.data import memory
 from hf_clmul.data.encoding import encode_prompt
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.stream import stream_metrics, stream_record
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.export import REPORT, Wanted, export
-from hf_clmul.hashes import digest, file_hashes
+from hf_clmul.hashes import digest
 from hf_clmul.hub import push
 from hf_clmul.model_card import model_card
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan import FILTER, Step, plan_steps
+from hf_clmul.plan import Step, plan_steps
 from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE
 from hf_clmul.report import write_report
 from hf_clmul.results import record, reference_of, shared
 from hf_clmul.run_folder import COMPLETE, RunFolder, recipe_sha256
+from hf_clmul.run_ledger import RunLedger
 from hf_clmul.run_log import quiet_libraries
 from hf_clmul.run_request import Run, carry_out, on_main_first, prepare, superseded
 from hf_clmul.run_stages import measure_stage
@@ -87,14 +88,9 @@ def _execute(run: Run, began: float) -> None:
         base = {"weights_sha256": weights_sha256(run.model), "tokenizer_sha256": tokenizer_sha256(run.loaded.tokenizer)}
     on_main_first(run.state, lambda: run.folder.begin(run.recipe, run.steps, base))
     if run.main:
-        ledger.append(
-            run.folder.ledger,
-            "run",
-            recipe_sha256=run.recipe_sha256,
-            base=base,
-            requests=[step.name for step in run.steps],
-            processes=run.state.num_processes,
-        )
+        run.ledger = RunLedger(run.recipe, run.steps, run.folder)
+        run.ledger.begun(run.recipe_sha256, base, run.state.num_processes)
+    carried.read_targets(run)
     first = {"title": "before learning", "seconds": 0.0, "steps": 0, "examples": {}, "how": "", "log": None, **base}
     measure_stage(run, None, {"stage": "base", "kind": "base", **first})
     _write_record(run, "running", began)
@@ -109,20 +105,32 @@ def _execute(run: Run, began: float) -> None:
             }  # fmt: skip
             measure_stage(run, step, stage)
             _write_record(run, "running", began)
-        if run.main:
-            _settle(run, step)
+        if not any((run.folder.request(later) / "settings.json").is_file() for later in run.steps[step.index + 1 :]):
+            _settle(run, step, base.get("weights_sha256", ""))
         run.state.wait_for_everyone()
     on_main_first(run.state, lambda: _finish(run, began))
 
 
-def _settle(run: Run, step: Step) -> None:
+def _settle(run: Run, step: Step, base: str) -> None:
     """What a finished request leaves on disk: the memory as it is now, and no weights from which nothing starts any more."""
     if run.recipe.memory is not None:
-        memory.write(run.folder.memory, step.memory)
+        carried.remember(run, step)
+    if not run.main:
+        return
+    if run.recipe.memory is not None:
+        run.ledger.remembers(step)
+    deleted: dict[str, str] = {}
     for job in step.jobs:
         run.folder.clear_checkpoints(step, job)
     for earlier, job in superseded(run, step):
-        run.folder.clear_state(earlier, job)
+        deleted |= run.folder.clear_state(earlier, job)
+    for earlier, job in [(s, j) for s in run.steps[: step.index] for j in s.jobs if step.jobs]:
+        for path in carried.outdated(run.folder.state(earlier, job)):
+            path.unlink()
+    if step.kind == "unlearn":
+        record = run.folder.result(step)
+        now = adapters.base_sha256(run.model) if isinstance(run.model, PeftModel) else base
+        run.ledger.erased(step, record, deleted, (base, now))
 
 
 def _finish(run: Run, began: float) -> None:
@@ -133,7 +141,7 @@ def _finish(run: Run, began: float) -> None:
     some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
     probe = [encode_prompt(row, run.loaded.tokenizer) for row in some]
     exported = export(run.loaded, run.model, run.folder, wanted, card, probe)
-    ledger.append(run.folder.ledger, "exported", kind=wanted.kind, files=file_hashes(run.folder.model))
+    run.ledger.exported(wanted.kind)
     run.folder.report.unlink(missing_ok=True)  # it may show an earlier export
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     whole = {**_record(run, COMPLETE, began), "export": exported, "finished": finished}
@@ -159,7 +167,9 @@ def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     events = ledger.verify(run.folder.ledger)
     whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
     stream = stream_record(stages, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
-    return {**whole, "stream": {**stream, "metrics": stream_metrics(stream)}}
+    return {
+        **whole, "stream": {**stream, "metrics": stream_metrics(stream)}, "ledger": ledger.head(run.folder.ledger)
+    }  # fmt: skip
 
 
 def _write_record(run: Run, status: str, began: float) -> None:

@@ -2,7 +2,7 @@
 Knows the trainer and the run folder; nothing of evaluation, export or reports."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,22 +13,24 @@ from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_clmul import ledger
+from hf_clmul import carried
+from hf_clmul.carried import Carried
 from hf_clmul.columns import Evaluated
-from hf_clmul.data import memory
 from hf_clmul.data.encoding import Encoded
 from hf_clmul.data.roles import derived_seed
-from hf_clmul.data.sources import encode_dataset
+from hf_clmul.data.sources import Example, encode_dataset
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.suites import Measuring
+from hf_clmul.exactness import why
 from hf_clmul.export import load_state, save_state
-from hf_clmul.models import adapters
+from hf_clmul.models import adapters, stored
 from hf_clmul.models.loading import Loaded, weights_sha256
 from hf_clmul.paths import explained_writes
 from hf_clmul.plan import Job, Step
 from hf_clmul.recipe_schema import Recipe
 from hf_clmul.request_checks import understood
 from hf_clmul.run_folder import RunFolder
+from hf_clmul.run_ledger import RunLedger
 from hf_clmul.run_log import RunLog
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
@@ -61,12 +63,22 @@ class Run:
     state: PartialState
     loaded: Loaded
     model: Any
+    ledger: RunLedger | None = None  # of the main process
     encoded: dict[tuple[int, int | None], Encoded] = field(default_factory=dict)
+    carried: Carried = field(default_factory=Carried)
     stale: set[str] = field(default_factory=set)
 
     @property
     def main(self) -> bool:
         return self.state.is_main_process
+
+    def encode(self, rows: Sequence[Example], request: int, what: str) -> list[Encoded]:
+        """Rows with the `max_length` of a request; each is encoded once, however many requests meet it."""
+        most = self.recipe.request_training(request).get("max_length", ClmulConfig.max_length)
+        new = [row for row in rows if (id(row), most) not in self.encoded]
+        found = encode_dataset(new, self.loaded.tokenizer, most, what)
+        self.encoded |= {(id(row), most): one for row, one in zip(new, found, strict=True)}
+        return [self.encoded[id(row), most] for row in rows]
 
 
 def prepare(run: Run) -> None:
@@ -78,19 +90,22 @@ def prepare(run: Run) -> None:
     for step in run.steps:
         for job in step.jobs:
             args = _arguments(run, step, job)
+            rows = encoded(run, step, job)
+            if "memory" in rows and run.recipe.memory.top_k is not None:  # it is stored when it has been learned
+                rows["memory"] = [stored.attached(row, stored.blank(row)) for row in rows["memory"]]
             try:
-                understood(args, model, encoded(run, step, job, args.max_length), run.loaded.tokenizer)
+                understood(args, model, rows, run.loaded.tokenizer)
             except ValueError as error:
                 raise RecipeError(f"request {step.name}: {error}") from error
 
 
-def encoded(run: Run, step: Step, job: Job, max_length: int | None) -> dict[str, list[Encoded]]:
-    """The examples of a job by role. A row is encoded once, however many requests meet it."""
-    for role, rows in job.roles.items():
-        new = [row for row in rows if (id(row), max_length) not in run.encoded]
-        found = encode_dataset(new, run.loaded.tokenizer, max_length, f"{step.name}, {role}")
-        run.encoded |= {(id(row), max_length): one for row, one in zip(new, found, strict=True)}
-    return {role: [run.encoded[id(row), max_length] for row in rows] for role, rows in job.roles.items()}
+def encoded(run: Run, step: Step, job: Job) -> dict[str, list[Encoded]]:
+    """The examples of a job by role, those of the memory with what is stored of them."""
+    roles = {role: run.encode(rows, job.settings_of, f"{step.name}, {role}") for role, rows in job.roles.items()}
+    if "memory" in roles:
+        before = step.memory if step.kind == "unlearn" else run.steps[step.index - 1].memory
+        roles["memory"] = carried.with_targets(run, job.roles["memory"], roles["memory"], before)
+    return roles
 
 
 def _stand_in(run: Run) -> Any:
@@ -115,6 +130,8 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     run.stale -= set(step.removed)
     if run.folder.result(step) is None:
         on_main_first(run.state, lambda: _begin(run, step))
+        if step.kind == "unlearn" and run.recipe.memory is not None:
+            carried.remember(run, step)  # what is unlearned leaves the memory before anything trains
     done = [_bring(run, step, job) for job in step.jobs]
     if run.stale.intersection(step.stack, *step.own.values()) or None in done:
         return None
@@ -127,10 +144,10 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
 
 
 def _begin(run: Run, step: Step) -> None:
-    """Records the settings. What is unlearned leaves the memory before anything trains."""
+    """Records the settings and the data."""
+    run.ledger.check(step)
     run.folder.start(run.recipe, run.steps, step)
-    if step.kind == "unlearn" and run.recipe.memory is not None:
-        memory.write(run.folder.memory, step.memory)
+    run.ledger.starting(step)
 
 
 def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
@@ -149,13 +166,15 @@ def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
         return None
     if trained is not None:
         load_state(run.model, run.folder.state(step, job))
+        carried.load(run, step, job, run.folder.state(step, job))
     else:
         trained = _train(run, step, job)
         if run.main:
-            ledger.append(
-                run.folder.ledger, "finished", name=step.name, part=job.part, weights_sha256=trained["weights_sha256"]
+            run.ledger.trained(step, job, trained, derived_seed(run.recipe.seed, job.label))
+            save_state(
+                run.model, run.folder.state(step, job), trained, lambda aside: carried.save(run, step, job, aside)
             )
-            save_state(run.model, run.folder.state(step, job), trained, lambda aside: None)
+            run.ledger.saved(step, job)
         run.state.wait_for_everyone()
     run.stale.discard(job.adapter or "")
     return trained
@@ -200,18 +219,11 @@ def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:
     run.state.wait_for_everyone()
     if run.main:
         run.folder.clear_checkpoints(step, job, keep=checkpoint)
-        ledger.append(
-            run.folder.ledger,
-            "request",
-            name=step.name,
-            part=job.part,
-            resumed=checkpoint is not None,
-            recipe_sha256=run.recipe_sha256,
-            examples=step.digests,
-        )
+        run.ledger.training(step, job, run.recipe_sha256, checkpoint is not None, why(run.recipe, run.steps, step))
     run.state.wait_for_everyone()
     shown = RunLog(run.folder.place(step, job) / "log.jsonl", step.title.removeprefix("after "))
-    trainer = _trainer(run, step, job, shown)
+    rows = encoded(run, step, job)
+    trainer = _trainer(run, step, job, rows, shown)
     done = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if checkpoint is not None and done.global_step >= done.max_steps:  # Trainer would take one step more
         load_state(run.model, checkpoint)
@@ -232,6 +244,7 @@ def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:
             shown.close()
         # Accelerate wraps forward in autocast for good; evaluation and later requests start from the bare model.
         run.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    carried.trained(run, step, job, trainer, rows)
     # The record says of an edit why there were no steps.
     edit = next((t.name for terms in trainer.terms.values() for t in terms if t.term.edit), None)
     return {
@@ -273,6 +286,8 @@ def _arguments(run: Run, step: Step, job: Job) -> ClmulConfig:
             conflict=recipe.learning.conflict if learns else unlearning.conflict,
             **_parts(recipe, learns),
             teacher=recipe.teacher,
+            gamma=None if learns else unlearning.gamma,
+            penalties=recipe.learning.penalties if learns else None,
         )
     except ValueError as error:
         raise RecipeError(f"request {step.name}: {error}") from error
@@ -288,13 +303,14 @@ def _parts(recipe: Recipe, learns: bool) -> dict[str, Any]:
     return {"trainable": unlearning.trainable, **plain}
 
 
-def _trainer(run: Run, step: Step, job: Job, shown: RunLog) -> ClmulTrainer:
+def _trainer(run: Run, step: Step, job: Job, rows: dict[str, list[Encoded]], shown: RunLog) -> ClmulTrainer:
     if "forget" in job.roles and "retain" not in job.roles and run.recipe.unlearning.retain:
         log.warning("request %s forgets everything that was learned: there is nothing to retain", step.name)
-    args = _arguments(run, step, job)
-    rows = encoded(run, step, job, args.max_length)
     try:
-        trainer = ClmulTrainer(run.model, args, train_dataset=rows, processing_class=run.loaded.tokenizer)
+        trainer = ClmulTrainer(
+            run.model, _arguments(run, step, job), train_dataset=rows, processing_class=run.loaded.tokenizer,
+            **carried.for_trainer(run, step, job),
+        )  # fmt: skip
     except ValueError as error:
         raise RecipeError(f"request {step.name}: {error}") from error
     trainer.remove_callback(ProgressCallback)

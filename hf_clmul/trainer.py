@@ -4,12 +4,10 @@ conflict rules by their contracts only, and nothing of recipes, run folders or e
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from accelerate.utils.memory import clear_device_cache
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
@@ -23,15 +21,17 @@ from hf_clmul.gradients.options import Saliency, options
 from hf_clmul.gradients.resolve import Change, resolve
 from hf_clmul.gradients.window import GradientWindow
 from hf_clmul.models import adapters, causal_lm
-from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Reinforced, uniform
+from hf_clmul.models.ema import Ema, EmaState
+from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.models.teachers import Reinforced, Teacher
 from hf_clmul.models.trainable import only_trainable
-from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
-from hf_clmul.objectives.prediction import Prediction
-from hf_clmul.preparation import edit, prepare
+from hf_clmul.penalised import Penalties
+from hf_clmul.preparation import edit, forget_gradient, prepare
 from hf_clmul.request_checks import understood
 from hf_clmul.role_data import encoded
 from hf_clmul.salient import SalientPart
+from hf_clmul.targets import new_teacher, of_teacher, said_of
 from hf_clmul.training_args import ClmulConfig
 from hf_clmul.training_log import WindowLog
 from hf_clmul.window_passes import WindowPasses
@@ -62,7 +62,9 @@ class ClmulTrainer(Trainer):
     again, until each rank has a whole micro-batch; `dataloader_drop_last` leaves the rest out instead. Formats:
     question/answer, prompt/completion, messages, text. Terms, conflict rule and teacher are fields of `ClmulConfig`;
     `conflict_rule` takes any callable Gram [m][m] -> weights [m] instead. `peft_config` adds a new adapter (named
-    `default`). Raises ValueError for what cannot be honoured, RunError if training collapses.
+    `default`). With the teacher `ema`, `teacher_state` is what the last request's trainer had under this name when its
+    training was over; each leaves its own there. `importance` is for the penalty `ewc`, see `penalised.Penalties`. Raises
+    ValueError for what cannot be honoured, RunError if training collapses.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class ClmulTrainer(Trainer):
         *,
         peft_config: LoraConfig | None = None,
         conflict_rule: Callable[[list[list[float]]], list[float]] | None = None,
+        teacher_state: EmaState | None = None,
+        importance: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else ClmulConfig(output_dir="clmul_output")
@@ -87,6 +91,10 @@ class ClmulTrainer(Trainer):
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
+        if teacher_state is not None and teacher_choice(args.teacher)[1] is None:
+            raise ValueError(
+                f"teacher_state is the state of the teacher 'ema', and teacher={args.teacher!r}: leave it out."
+            )
         given = {**kwargs, "data_collator": data_collator}
         asked = understood(args, model, train_dataset, processing_class, conflict_rule, peft_config, given)
         model, self.terms, self.rule, self.lookahead = asked.model, asked.terms, asked.rule, asked.lookahead
@@ -94,7 +102,10 @@ class ClmulTrainer(Trainer):
             log.warning("train_dataset has one role, with no other to look ahead to: lookahead is left out")
         if args.activation_checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient
-        self.teacher: BeforeRequest | None = None
+        self.teacher: Teacher | None = None
+        self.teacher_state = teacher_state
+        self.incompetent: nn.Module | None = None
+        self.penalties = Penalties(args.penalties, importance)
         self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
         self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
@@ -198,6 +209,7 @@ class ClmulTrainer(Trainer):
                 self.accelerator.backward(loss if weights[role] == 1.0 else weights[role] * loss)
                 total += loss.detach()
         if self.accelerator.sync_gradients:
+            total += self.penalties.add(self._log.add_loss, next(iter(weights.values())), self._loss_scale())
             self._window.apply_masks()
             if self.rule.scheduled is not None:
                 self._log.add_statistics({f"weight/{role}": weight for role, weight in weights.items()})
@@ -214,6 +226,8 @@ class ClmulTrainer(Trainer):
 
     def _after_step(self) -> None:
         self.salient.restore()
+        if self.teacher is not None and not self.accelerator.optimizer_step_was_skipped:
+            self.teacher.follow(self.state.global_step + 1)
         if self._change is not None:
             self._log.add_statistics(self._change.measured())
             self._change = None
@@ -224,12 +238,12 @@ class ClmulTrainer(Trainer):
         """Weighted sum of the role's terms, each divided by its count over the whole window and all ranks. `again`: it is
         logged already."""
         terms = self.terms[role]
-        targets = self._targets(terms, batch)
+        targets = of_teacher(self, terms, batch)
         prediction = causal_lm.predict(model, batch, needs(terms), self._accepted, layers(terms))
         total = None
         for active in terms:
-            teacher_says = uniform(prediction) if "incompetent" in active.term.needs else targets
-            value, count = active.term.function(prediction, teacher_says, **active.parameters)
+            said = said_of(self, active, prediction, batch, targets)
+            value, count = active.term.function(prediction, said, **active.parameters)
             if count != (declared := _count(active, batch)):
                 raise RuntimeError(
                     f"{role}/{active.name} counted {count} {active.term.unit}, the batch has {declared}: "
@@ -243,19 +257,6 @@ class ClmulTrainer(Trainer):
             weighted = loss if active.weight == 1.0 else active.weight * loss
             total = weighted if total is None else total + weighted
         return total
-
-    def _targets(self, terms: list[ActiveTerm], batch: Batch) -> Prediction | None:
-        """What the teacher says, and the reinforced model where a term asks for it."""
-        of_teacher = needs(terms, of_teacher=True)
-        if not of_teacher:
-            return None
-        with self.teacher.answering() as teacher, self.accelerator.autocast():
-            targets = causal_lm.predict(teacher, batch, of_teacher, self._accepted, layers(terms, of_teacher=True))
-        if not any("reinforced" in active.term.needs for active in terms):
-            return targets
-        with self.reinforced.answering() as reinforced, self.accelerator.autocast():
-            said = causal_lm.predict(reinforced, batch, frozenset({"logits"}), self._accepted)
-        return replace(targets, variants={**(targets.variants or {}), REINFORCED: said})
 
     @contextmanager
     def deferred(self, model: nn.Module) -> Iterator[None]:
@@ -280,10 +281,11 @@ class ClmulTrainer(Trainer):
         Raises ValueError if these are no longer the weights before the request that is to be resumed.
         """
         wanted = any("teacher" in active.term.needs for terms in self.terms.values() for active in terms)
-        if wanted and resume_from_checkpoint and self.state.global_step > 0:
+        wanted = wanted and teacher_choice(self.args.teacher)[1] is None  # an average is in the checkpoint
+        if (wanted or self.penalties.anchored) and resume_from_checkpoint and self.state.global_step > 0:
             raise ValueError(
-                "this trainer has trained its model already, so its weights can no longer serve as the teacher of "
-                "the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
+                "this trainer has trained its model already, so its weights can no longer serve as the teacher "
+                "or anchor of the request to be resumed: make a new ClmulTrainer from the model as it was before the request, "
                 "then call train(resume_from_checkpoint=...)."
             )
         if self.train_dataset is not None:
@@ -295,37 +297,23 @@ class ClmulTrainer(Trainer):
         with only_trainable(model, self.args.trainable):
             if any(active.term.edit for terms in self.terms.values() for active in terms):
                 return edit(self, resume_from_checkpoint)
+            self.penalties.start(model)
             if self.salient.wanted and not resume_from_checkpoint:
                 self.salient.check(model)
-            self.reinforced = prepare(self)
-            self.teacher = BeforeRequest(model) if wanted else None
+            self.reinforced, self.incompetent = prepare(self)
+            self.teacher = new_teacher(self, model)
             if self.salient.wanted and not resume_from_checkpoint:
-                self.salient.choose(model, self._forget_gradient(model), self.args.seed)
+                self.salient.choose(model, forget_gradient(self, model), self.args.seed)
             try:
-                return super().train(resume_from_checkpoint, **kwargs)
+                done = super().train(resume_from_checkpoint, **kwargs)
+                if isinstance(self.teacher, Ema):
+                    self.teacher_state = self.teacher.state()
+                return done
             finally:
                 self._pending.clear()
+                self.incompetent = None
                 for teacher in filter(None, (self.teacher, self.reinforced)):
                     teacher.release()
-
-    def _forget_gradient(self, model: nn.Module) -> dict[str, Tensor]:
-        """Gradient {parameter: tensor} of the forget answers' mean log-probability, at the model as it is, over all
-        examples. Every rank works it out; rank 0's counts."""
-        rows, size = self.train_dataset.roles[FORGET], self.args.per_device_train_batch_size
-        batches = [self.data_collator.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-        model.zero_grad()
-        tokens = sum(sum(batch["lengths"]) for batch in batches)
-        with adapters.untouched(model):
-            model.eval()
-            for batch in batches:
-                with self.accelerator.autocast():
-                    prediction = causal_lm.predict(
-                        model, self._prepare_inputs(batch), frozenset({"logps"}), self._accepted
-                    )
-                (prediction.logps.sum() / tokens).backward()
-        found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-        model.zero_grad()
-        return broadcast(found)  # rounding must not give ranks other masks
 
     def _tell_repeats(self) -> None:
         ranks, size = self.accelerator.num_processes, len(self.train_dataset)
@@ -380,12 +368,16 @@ class ClmulTrainer(Trainer):
         if self.args.should_save:
             self.rule.save(Path(output_dir))
             self.salient.save(Path(output_dir))
+            if self.teacher is not None:
+                self.teacher.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.rule.load(Path(checkpoint), self._trained())
             self.salient.load(Path(checkpoint))
+            if self.teacher is not None:
+                self.teacher.load(Path(checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -1,16 +1,17 @@
 """Training arguments: transformers' own, plus which terms act on which role. It knows no model and no data."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from transformers import TrainingArguments
 
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Saliency, options
-from hf_clmul.models import TEACHERS
-from hf_clmul.recipe_problems import did_you_mean
+from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.objectives.penalties import active_penalties
+from hf_clmul.recipe_problems import value_problem
 
 ROLE_TERMS = "terms of the {} role: {{name: {{parameter: value, 'weight': 1.0}}}}. Default: {}."
 
@@ -26,13 +27,15 @@ class ClmulConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS, "learn", "forget", "retain", "memory", "conflict",
-        "lookahead", "saliency",
+        "lookahead", "saliency", "teacher", "penalties",
     ]  # fmt: skip
 
     learn: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("learn", "nll")})
     forget: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("forget", "npo")})
     retain: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("retain", "kl")})
     memory: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("memory", "nll")})
+    penalties: dict[str, Any] | str | None = field(default=None, metadata={
+        "help": "Penalties on the weights, in the anchor role's gradient: {name: {'weight': 1.0}}: ewc, o_lora, n_lora."})  # fmt: skip
     conflict: dict[str, Any] | str | None = field(default=DEFAULT_RULE, metadata={
         "help": "How the roles' gradients become one update: a rule, or {rule: {parameter: value}}."})  # fmt: skip
     lookahead: dict[str, Any] | str | None = field(default=None, metadata={
@@ -43,7 +46,10 @@ class ClmulConfig(TrainingArguments):
         "help": "Regular expression: only parameters whose whole name matches are trained."})  # fmt: skip
     change_steps: int = field(default=0, metadata={
         "help": "Every so many steps, log what the step changes of each role's loss to first order; 0: never."})  # fmt: skip
-    teacher: str = field(default="before_request", metadata={"help": "Where targets come from."})
+    gamma: float | None = field(default=None, metadata={
+        "help": "Of an unlearning request: 1 - gamma weighs the forget role's terms, gamma those of all others (UniCLUN)."})  # fmt: skip
+    teacher: dict[str, Any] | str | None = field(default="before_request", metadata={
+        "help": "Where targets come from: a teacher, or {teacher: {parameter: value}}."})  # fmt: skip
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of an example; null keeps all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: it would hide a collapse."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: roles are not model inputs."})
@@ -52,18 +58,16 @@ class ClmulConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         active_rule(self.conflict)
+        active_penalties(self.penalties)
         options(Lookahead, "lookahead", self.lookahead)
         options(Saliency, "saliency", self.saliency)
         if self.change_steps < 0:
             raise ValueError(f"change_steps={self.change_steps} is negative: give a number of steps, or 0 for never.")
-        _known("teacher", self.teacher, TEACHERS)
+        teacher_choice(self.teacher)
+        if problem := value_problem(Annotated[float, Ge(0), Le(1)] | None, self.gamma):
+            raise ValueError(f"gamma: expected {problem['expected']}, found {problem['found']}.")
         if self.logging_nan_inf_filter or self.remove_unused_columns:
             raise ValueError(
                 "`logging_nan_inf_filter` and `remove_unused_columns` must stay off in ClmulConfig: the first "
                 "hides a collapse of the model, the second drops the roles' columns. Remove them."
             )
-
-
-def _known(name: str, found: str, table: Mapping[str, Any]) -> None:
-    if found not in table:
-        raise ValueError(f"{name}={found!r} is not known; there are {', '.join(table)}.{did_you_mean(found, table)}")

@@ -21,6 +21,7 @@ class WindowPasses:
         self.trainer, self.model, self.batches, self.counts = trainer, model, batches, counts
         self.loss = torch.zeros((), device=trainer.args.device)
         self.displaced = trainer._window.displaced
+        self.anchor = next(iter(trainer.terms))
 
     def gradient(self, role: str, again: bool = False) -> Gradient:
         for i, batch in enumerate(self.batches):
@@ -30,13 +31,19 @@ class WindowPasses:
                 self.trainer.accelerator.backward(loss)
             if not again:
                 self.loss += loss.detach()
+        if role == self.anchor:
+            logged = None if again else self.trainer._log.add_loss
+            value = self.trainer.penalties.add(logged, 1.0, self.trainer._loss_scale())
+            self.loss += 0.0 if again else value
         return self.trainer._window.take()
 
     def curvature(self, role: str, direction: Gradient) -> Gradient:
         parameters = self.trainer._window.parameters
-        for batch in self.batches:
+        for i, batch in enumerate(self.batches):
             with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
                 loss = self.trainer.role_loss(self.model, role, batch[role], self.counts[role], again=True)
+                if role == self.anchor and i == 0:
+                    loss = loss + self.trainer.penalties.loss()
                 found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
                 pairs = zip(found, direction, strict=True)
                 slope = sum((g * d).sum() for g, d in pairs if g is not None and d is not None)

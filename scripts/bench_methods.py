@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "jensun": {"forget": {"jensun": {}}, "retain": {"js": {"weight": 2.0}}},
     "inverted_hinge": {"forget": {"inverted_hinge": {}}, "retain": KL},
     "logit_margin": {"forget": {"logit_margin": {"weight": 0.01}}, "retain": KL},
-    "bad_teacher": {"forget": {"bad_teacher": {"weight": 0.1}}, "retain": KL},
+    "bad_teacher": {"forget": {"bad_teacher": {"weights": "uniform", "weight": 0.1}}, "retain": KL},
     "scrub": {"forget": {"scrub": {"weight": 0.2}}, "retain": KL},
     "rmu": {
         "forget": {"rmu": {"layer": 0.5, "steering_coefficient": 20.0}},

@@ -242,3 +242,43 @@ def _generated(stage: str, group: str, index: int, answer: str) -> str:
     if stage == "base" or group == "held_out":
         return BABBLE[index]
     return UNLEARNED[index] if (stage, group) == ("01-unlearn-two-persons", "forget") else answer
+
+
+def fake_stream() -> dict[str, Any]:
+    """A record with four requests: learn people, unlearn two persons, learn notes, unlearn notes by deletion."""
+    results = fake_results()
+    more = [
+        _stage_like(results["stages"][1], "02-learn-notes", "learn", "after learning notes", "training"),
+        _stage_like(
+            results["stages"][2], "03-unlearn-no-notes", "unlearn", "after unlearning no-notes", "exact by deletion"
+        ),
+    ]
+    results["stages"] += more
+    results["stream"] = {
+        "columns": [
+            {"name": "people", "kind": "task", "task": "people", "learned": [1], "forgotten": []},
+            {"name": "notes", "kind": "task", "task": "notes", "learned": [3], "forgotten": [4]},
+            {"name": "two-persons", "kind": "forgotten", "task": "people", "learned": [1], "forgotten": [2]},
+        ],
+        "score": "rouge_l_recall",
+        "matrix": [
+            [0.2305, 0.1412, 0.2217],
+            [0.9817, 0.1398, 0.9861],
+            [0.9731, None, 0.3322],
+            [0.9612, 0.9547, 0.3571],
+            [0.9731, 0.1398, 0.3322],
+        ],
+    }
+    return results
+
+
+def _stage_like(stage: dict[str, Any], name: str, kind: str, title: str, how: str) -> dict[str, Any]:
+    return {
+        **copy.deepcopy(stage),
+        "stage": name,
+        "kind": kind,
+        "title": title,
+        "how": how,
+        "log": None,
+        **({"steps": 0, "seconds": 0.1, "examples": {"forget": 16}} if how.startswith("exact") else {}),
+    }

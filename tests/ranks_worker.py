@@ -26,6 +26,7 @@ from trainer_bed import (
     Stop,
     adapted,
     examples,
+    importances,
     lines,
     llama,
     make,
@@ -38,6 +39,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_clmul.errors import RunError
 from hf_clmul.models import adapters
+from hf_clmul.models.ema import EmaState
 from hf_clmul.trainer import log as trainer_log
 
 TIMEOUT = 600  # seconds, for all cases together; they take 20 on two free cores
@@ -139,6 +141,8 @@ def of_this_rank(gram: list[list[float]]) -> list[float]:
 BOTH = {"forget": {"npo": {"beta": 0.2}}, "retain": {"kl": {}, "nll": {"weight": 0.5}}}
 REINFORCED = {"epochs": 2, "learning_rate": 0.01}
 DECAY = {"weight_decay": 0.5}
+EMA = {"teacher": {"ema": {"probability": 0.7}}}
+PENALISED = {"penalties": {"ewc": {"weight": 0.5}, "n_lora": {"weight": 20.0}}}
 HIDDEN = {"forget": {"rmu": {"layer": 0}}, "retain": {"hidden_mse": {"layer": 0}}}
 BRANCHED = {"build": branched, "retain": "nll"}
 CASES: dict[str, dict[str, Any]] = {
@@ -169,10 +173,17 @@ CASES: dict[str, dict[str, Any]] = {
     "alternate": {"build": llama, **BOTH, "conflict": "alternate"},
     "saliency": {"build": llama, **BOTH, "saliency": {"train": 0.5, "trim": 0.05}, **DECAY},
     "trainable": {"build": llama, **BOTH, "trainable": ".*down_proj.*", "change_steps": 1},
+    "penalties": {"build": adapted, **PENALISED, "retain": "nll", "forget": "npo", "conflict": "pcgrad"},
+    "penalties, sum, views on": {"build": adapted, **PENALISED, "role": "learn", "views": True},
+    "penalties, plain weights": {"build": llama, **BOTH, "penalties": {"ewc": {"weight": 0.5}}, "conflict": "sum"},
     "refusals": {"build": llama, "forget": "ce_u", "retain": {"answer_preservation": {}, "nll": {}}},
     "hidden": {"build": llama, **HIDDEN, **DECAY},
     "hidden, sum, views on": {"build": llama, **HIDDEN, **DECAY, "conflict": "sum", "views": True},
     "hidden, checkpointing": {"build": llama, **HIDDEN, "activation_checkpointing": True},
+    "ema": {"build": llama, **BOTH, **EMA},
+    "ema, adapter, views on": {"build": adapted, "forget": "npo", "retain": {"confident_mse": {}, "nll": {}}, **EMA, "views": True},
+    "random bad teacher": {"build": llama, "forget": "bad_teacher", "retain": "kl"},
+    "random bad teacher, adapter": {"build": llama, "peft_config": LORA, "forget": "bad_teacher", "retain": "nll", "gamma": 0.4},
     "sharded": {"build": sharded, **BOTH, "change_steps": 2},
     "sharded, look ahead": {"build": sharded, **BOTH, "lookahead": {"alpha": 0.05}},
 }  # fmt: skip
@@ -187,6 +198,8 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
         row["input_ids"], row["labels"] = [MARK, *row["input_ids"]], [-100, *row["labels"]]
     saw, counts = Gradients(), []
     model = build(folder / "model") if build is sharded else build()
+    if "penalties" in options:
+        options["importance"] = {name: f.float() for name, f in importances(model).items()}
     trainer = make(
         model, data, folder / name.replace(" ", "_"), [Nudge(), saw], eval_dataset=examples(4, 4), max_steps=4, logging_steps=2,
         learning_rate=0.02, per_device_train_batch_size=MICRO_BATCH, per_device_eval_batch_size=4 // ranks,
@@ -202,6 +215,7 @@ def run(name: str, folder: Path, ranks: int) -> dict[str, Any]:
         "steps": [whole(step) for step in saw.steps],
         "lines": lines(trainer),
         "counts": list(counts),
+        "average": trainer.teacher_state,
         "alternatives": trainer.train_dataset.own_alternatives,
         "trainable": [key for key, p in trainer.model.named_parameters() if p.requires_grad],
     }
@@ -222,7 +236,7 @@ class Told(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def resumed(folder: Path) -> dict[str, Any]:
+def resumed(folder: Path, **more: Any) -> dict[str, Any]:
     """Seven steps at once, and as six and one, from the middle of the second epoch; who wrote the checkpoints."""
     saved, save = [], adapters.save
     adapters.save = lambda *given: saved.append(Path(given[2]).name) or save(*given)
@@ -233,6 +247,7 @@ def resumed(folder: Path) -> dict[str, Any]:
         "save_steps": 3,
         "optim": "adamw_torch",
         "learning_rate": 1e-2,
+        **more,
     }
     build, data = partial(adapted, lora_dropout=0.2), two_roles(SIZE - 1, SIZE - 1)
     told = Told()
@@ -248,7 +263,10 @@ def resumed(folder: Path) -> dict[str, Any]:
     second = make(build(), data, folder / "stopped", **options)
     second.train(resume_from_checkpoint=True)
     adapters.save = save
+    trainer_log.removeHandler(told)
+    averages = [vars(t.teacher_state or EmaState()) for t in (second, through)]
     return {
+        "average": same(*(state["values"] for state in averages)) and averages[0]["k"] == averages[1]["k"],
         "same": same(weights(second.model), weights(through.model)),
         "saved": saved,
         "told": told.messages,
@@ -282,6 +300,7 @@ def main(folder: Path) -> None:
     )
     found = {name: run(name, folder, ranks=2) for name in CASES}
     found["resumed"] = resumed(folder)
+    found["resumed ema"] = resumed(folder / "ema", **EMA)
     found["collapsed"] = collapsed(folder, rank)
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -107,3 +107,11 @@ def test_collating_does_not_change_the_examples():
     before = {key: list(value) for key, value in LONG.items()}
     RoleCollator(EOS_ID)([LONG, SHORT])["input_ids"].fill_(1)
     assert before == LONG
+
+
+def test_classes_of_a_batch():
+    marked = {**LONG, "class_id": 2**62}
+    assert RoleCollator(EOS_ID).collate([marked, SHORT])["classes"].tolist() == [2**62, -1]
+    assert "classes" not in RoleCollator(EOS_ID).collate([LONG, SHORT])
+    with_refusal = {**marked, "alternative": REFUSAL}
+    assert RoleCollator(EOS_ID).collate([with_refusal, with_refusal])["classes"].tolist() == [2**62, 2**62]

@@ -3,10 +3,10 @@
 import io
 
 import pytest
-from fake_results import REFERENCE, VALUES, fake_results
+from fake_results import REFERENCE, VALUES, fake_results, fake_stream
 from rich.console import Console
 
-from hf_clmul.console import print_results, results_table, samples_table
+from hf_clmul.console import print_results, r_table, results_table, samples_table
 
 
 def printed(table, width=100):
@@ -105,3 +105,64 @@ def test_the_metrics_are_printed_last():
     print_results(fake_results(), console)
     text = console.export_text()
     assert 0 < text.index("sample answers") < text.index("quickstart: what was measured")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_r_stands_in_two_decimals_with_its_marks_and_metrics(width):
+    text = printed(r_table(fake_stream()), width)
+    assert max(map(len, text.splitlines())) <= width
+    rows = [line.split() for line in text.splitlines()]
+    assert ["learn", "people", "0.98*", "0.14", "0.99*"] in rows
+    assert ["unlearn", "two-persons", "0.97", "–", "0.33†"] in rows
+    assert ["unlearn", "no-notes", "0.97", "0.14†", "0.33†"] in rows
+    assert "Backward transfer (BWT): −0.009" in text and "Forward transfer" not in text
+    assert "left out" not in text
+
+
+def long_stream():
+    results = fake_stream()
+    found = results["stream"]
+    for k in range(5, 25):
+        found["columns"].append(
+            {"name": f"task{k}", "kind": "task", "task": f"task{k}", "learned": [k], "forgotten": []}
+        )
+        results["stages"].append(dict(results["stages"][1], stage=f"{k - 1:02d}-learn-task{k}"))
+        found["matrix"].append([0.5] * 3)
+    found["matrix"] = [[*row[:3], *[0.25] * 20] for row in found["matrix"]]
+    return results
+
+
+def test_of_a_long_stream_the_ends_are_shown():
+    text = printed(r_table(long_stream()), 80)
+    assert max(map(len, text.splitlines())) <= 80
+    rows = [line.split() for line in text.splitlines()]
+    assert ["before", "learning", *["0.25"] * 6] in rows
+    assert ["learn", "task24", *["0.25"] * 5, "0.25*"] in rows
+    assert ["learn", "task14", *["0.25"] * 6] in rows and not [row for row in rows if row[:2] == ["learn", "task13"]]
+    assert "13 stages and 17 columns are left out here; the report has them." in text
+    assert len(text.splitlines()) < 40
+
+
+@pytest.mark.parametrize(
+    ("matrix", "kind", "shown"), [(5, "task", True), (3, "task", True), (4, "forgotten", True), (3, "forgotten", False)]
+)
+def test_r_is_printed_where_it_says_more(matrix, kind, shown):
+    results = fake_stream()
+    results["stages"] = results["stages"][:matrix]
+    results["stream"]["matrix"] = results["stream"]["matrix"][:matrix]
+    results["stream"]["columns"][1]["kind"] = kind
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_results(results, console)
+    assert ("R: ROUGE-L recall after each request" in console.export_text()) == shown
+
+
+def test_without_a_stream_there_is_no_r():
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_results(fake_results(), console)
+    assert "after each request" not in console.export_text()
+
+
+def test_names_of_columns_are_no_markup():
+    results = fake_stream()
+    results["stream"]["columns"][0]["name"] = "[/b]x"
+    assert "[/b]x" in printed(r_table(results))

@@ -257,3 +257,18 @@ def test_the_prompt_of_a_conversation_is_what_stands_before_the_first_answer():
     assert CHAT.decode(encode_prompt({"messages": turns("Hi", "Yo", "Hm", "No")}, CHAT)) == (
         f"{USER}Hi{END}\n{ASSISTANT}"
     )
+
+
+@pytest.mark.parametrize(
+    "row", [{"question": "q", "answer": "a"}, {"text": "a b"}, {"input_ids": [1, 2], "labels": [-100, 2]}]
+)
+def test_a_class_becomes_a_number_that_is_the_same_everywhere(row):
+    def number(**columns):
+        return encode({**row, **columns}, CHAT).get("class_id")
+
+    # sha256 of the JSON text "cat", its first 63 bits
+    assert number(**{"class": "cat"}) == 0xE852BE0AA593E30E >> 1
+    assert number(**{"class": 3}) != number(**{"class": "3"}) != number(**{"class": "cat"})
+    assert number(class_id=7) == 7
+    for none in ({}, {"class": None}, {"class": 1.5}, {"class": ["cat"]}):
+        assert number(**none) is None

@@ -1,4 +1,4 @@
-"""The closure of a deletion, worked out by hand on a stream with a memory, a teacher, an isolated task and an export."""
+"""The closure of a deletion, worked out by hand: a stream with a memory, a teacher, an isolated task and an export."""
 
 import itertools
 import random
@@ -9,7 +9,7 @@ from hf_clmul.lineage import Lineage, Node
 
 
 def stream():
-    """Learn people (kept and deleted rows apart), learn notes isolated, learn maths with replay and a teacher, export both."""
+    """Learn people (some rows go), notes isolated, maths with replay and a teacher; export the merge and notes."""
     return [
         Node("people/kept", "data"),
         Node("people/gone", "data"),

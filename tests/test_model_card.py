@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from fake_results import QUESTIONS, RECIPE, fake_results
+from fake_results import QUESTIONS, RECIPE, fake_results, fake_stream
 from ruamel.yaml import YAML
 
 from hf_clmul.gradients.conflict import CONFLICT_RULES
@@ -93,6 +93,28 @@ def test_limits_are_named_where_they_hold():
     exact = fake_results()["stages"]
     exact[2]["how"] = "exact by deletion"
     assert "not erasure" not in card(stages=exact)
+
+
+def test_every_claim_is_explained_with_its_requests():
+    text = model_card(fake_stream(), RECIPE, "adapter", HUB_ID)
+    asked = section(text, "What was asked and done")
+    assert "| 4 | unlearn no-notes | 16 forget | 0 | exact by deletion |" in asked
+    assert "- **Exact by deletion** (no-notes): the adapter that held it was deleted," in asked
+    assert "- **Approximate** (two-persons): further training made" in asked
+    assert "filter" not in text.lower()
+
+
+def test_a_filter_is_called_a_filter():
+    stages = fake_results()["stages"]
+    stages[2]["how"] = "filter"
+    text = card(stages=stages)
+    assert "- **Filter** (two-persons): an adapter that can be switched off" in section(text, "What was asked and done")
+    assert "**A filter is not an erasure.**" in section(text, "Limits") and "Unlearning is not erasure" not in text
+
+
+def test_a_run_that_only_learned_claims_nothing():
+    asked = section(card(stages=fake_results()["stages"][:2]), "What was asked and done")
+    assert not [line for line in asked.splitlines() if line.startswith("- ")]
 
 
 def test_it_can_be_made_again():

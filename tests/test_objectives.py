@@ -17,14 +17,14 @@ from transformers import LlamaForCausalLM
 
 from hf_clmul.data.collation import RoleCollator
 from hf_clmul.models import causal_lm
-from hf_clmul.objectives import ALTERNATIVES, ROLES, TERMS, distribution, representation, term_parameters
+from hf_clmul.objectives import ALTERNATIVES, ROLES, TERMS, contrast, representation, term_parameters
 from hf_clmul.objectives.active import OUTPUTS, active_terms, layers, needs
 from hf_clmul.objectives.counts import COUNTS
-from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.objectives.prediction import Prediction, Top
 from hf_clmul.objectives.preference import log_sigmoid
 from hf_clmul.objectives.preparation import Generated
 
-OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced"}
+OTHERS = {*ALTERNATIVES, "teacher", "incompetent", "alternative", "contexts", "reinforced", "classes", "stored"}
 EMPTY = inspect.Parameter.empty
 LOSSES = [name for name, term in TERMS.items() if not term.edit]
 every_term, every_loss = (pytest.mark.parametrize("name", names) for names in (TERMS, LOSSES))
@@ -50,8 +50,22 @@ def from_logits(logits, rows=None, targets=None):
     return Prediction(rows, int(rows.max()) + 1, logits=torch.tensor(logits, dtype=torch.float64), targets=targets)
 
 
-def states(hidden, layer=representation.ZEPHYR):
-    return Prediction(torch.arange(len(hidden)), len(hidden), hidden={layer: torch.tensor(hidden, dtype=torch.float64)})
+def states(hidden, layer=representation.ZEPHYR, rows=None, classes=None):
+    rows = torch.arange(len(hidden)) if rows is None else torch.tensor(rows)
+    classes = None if classes is None else torch.tensor(classes)
+    hidden = {layer: torch.tensor(hidden, dtype=torch.float64)}
+    return Prediction(rows, int(rows.max()) + 1, hidden=hidden, classes=classes)
+
+
+def signed(numbers, rows=None, classes=None):
+    """States of one number: of whatever projection, features are a vector u or -u, and products 1 or -1."""
+    return states([[x] for x in numbers], contrast.DEEP, rows, classes)
+
+
+def top(ids, probabilities, rest):
+    """A teacher of whom its likeliest tokens are known, and what is left to the others."""
+    q, tail = (torch.tensor(values, dtype=torch.float64).log() for values in (probabilities, rest))
+    return Prediction(torch.arange(len(ids)), len(ids), top=Top(torch.tensor(ids), q, tail))
 
 
 # Two answers: of two tokens, with probability 1/2 * 1/4 = 1/8 (teacher: 1/4), and of one token, 1/8 (teacher:
@@ -71,6 +85,10 @@ LEAN = 0.75 * log(3) - log(2)
 GUIDED = replace(
     distributions([FLAT]), variants={"novice": distributions([[3 / 4, 1 / 4]]), "expert": distributions([LEANING])}
 )
+# At this temperature e^(1/t) is 3^(1/2): a candidate of the anchor's sign is three times as likely as one of the other.
+# 1/2 times log^2 2 / 3, and 1/4 times (3 - log 2)^2 / 3
+CONFIDENT = log(2) ** 2 / 6 + (3 - log(2)) ** 2 / 12, 2
+THREEFOLD = {"temperature": 2 / log(3)}
 # -log sigmoid(log k) = log(1 + 1/k) turns every sigmoid into a logarithm of a simple number.
 HAND = {
     # log 2 + log 4 + log 8
@@ -81,11 +99,68 @@ HAND = {
         ({"direction": "forward"}, Q, P, log(2), 2),
         # (1/4 log 1/2 + 3/4 log 3/2) + (1/4 log 1/3 + 3/4 log 3)
         ({"direction": "reverse"}, Q, P, 1.25 * log(3) - log(2), 2),
+        # At temperature 2 odds of 1 to 9 are 1 to 3: four times the divergence of (1/2, 1/2) from (1/4, 3/4)
+        ({"temperature": 2.0}, distributions([[1 / 10, 9 / 10]]), distributions([FLAT]), 2 * log(4 / 3), 1),
+        (
+            {"temperature": 2.0, "direction": "reverse"},
+            distributions([[1 / 10, 9 / 10]]),
+            distributions([FLAT]),
+            4 * LEAN,
+            1,
+        ),
     ],
     # Halfway between (1/4, 3/4) and (3/4, 1/4) lies a flat one; the second pair is equal.
     "js": [({}, distributions([LEANING, FLAT]), distributions([[3 / 4, 1 / 4], FLAT]), LEAN, 2)],
     # (0 + 4 + 0) / 3 + (1 + 1 + 4) / 3
     "logit_mse": [({}, from_logits([[1, 2, 3], [0, 0, 0]]), from_logits([[1, 0, 3], [1, 1, -2]]), 10 / 3, 2)],
+    # As above, with 1/2 and 1/4 for the right token; at rho 1/2 odds of 2 to 1 to 1 are 4 to 1 to 1.
+    "confident_mse": [
+        ({}, from_logits([[0, 0, 0], [3, 0, 0]], targets=[0, 2]), from_logits([[log(2), 0, 0]] * 2), *CONFIDENT),
+        ({"rho": 0.5}, from_logits([[log(2) + 3, 0, 0]], targets=[0]), from_logits([[log(2), 0, 0]]), 4 / 6 * 9 / 3, 1),
+    ],
+    "contrastive_distill": [
+        # The first finds its like (3 to 1), the second a stranger in its own place (1 to 3).
+        (THREEFOLD, signed([1, -2]), signed([3, 1]), log(4 / 3) + log(4), 2),
+        # The default 0.07: log(1 + e^(-2/0.07)) and the like
+        ({}, signed([1, -2]), signed([3, 1]), log(1 + exp(-2 / 0.07)) + log(1 + exp(2 / 0.07)), 2),
+        # Means over tokens, +1, -1 and +1, as no one token has them. The first and the last are of one class, the student's
+        # +, -, + is to the teacher's +, +, -: (3, 1, 3) / 7, (3, 1, 3) / 7 and (1, 3, 1) / 5; positives {0, 2}, {1}, {0, 2}.
+        (
+            THREEFOLD,
+            signed([-1, 3, 1, -3, 3, -1], [0, 0, 1, 1, 2, 2], [4, 7, 4]),
+            signed([2, 2, 5, 5, -1, -1], [0, 0, 1, 1, 2, 2]),
+            log(7 / 3) + log(7) + log(5),
+            3,
+        ),
+        # Two without a class are no class.
+        (THREEFOLD, signed([1, -2], classes=[-1, -1]), signed([3, 1]), log(4 / 3) + log(4), 2),
+    ],
+    "sup_con": [
+        # +, +, -, -, of which the second and third are of a class, the others alone: from the second the third is 1 to 3 to 1
+        # (of the first and the last), from the third 1 to 1 to 3.
+        (THREEFOLD, signed([1, 2, -1, -5], classes=[0, 1, 1, 2]), None, 2 * log(5), 4),
+        # Three of a class, +, +, -: 3 to 1, so log(4/3) and log 4 on average; from the third both are alike, log 2.
+        (THREEFOLD, signed([1, 2, -1], classes=[1, 1, 1]), None, log(16 / 3) + log(2), 3),
+        # Nobody has company.
+        ({}, signed([1, 2, -1], classes=[0, 1, 2]), None, 0.0, 3),
+        ({}, signed([1]), None, 0.0, 1),
+        # The default 0.07, beside a stranger on the other side
+        ({}, signed([1, 2, -1], classes=[1, 1, 0]), None, 2 * log(1 + exp(-2 / 0.07)), 3),
+    ],
+    "der": [
+        # 1/2 log 2 + 1/2 log((1/2) / (3/4)), then twice the same token by token: 0
+        ({}, distributions([[1 / 4, 1 / 4, 1 / 2]]), top([[1]], [[1 / 2]], [1 / 2]), log(4 / 3) / 2, 1),
+        (
+            {},
+            distributions([LOPSIDED, THIRDS]),
+            top([[0, 2], [2, 1]], [[1 / 2, 1 / 4], [1 / 3, 1 / 3]], [1 / 4, 1 / 3]),
+            0,
+            2,
+        ),
+        # Nothing is left to the others: log 4. Every token is known: what `kl` gives for P and Q, in another order.
+        ({}, distributions([[1 / 4, 1 / 4, 1 / 2]]), top([[0]], [[1]], [0]), log(4), 1),
+        ({}, Q, top([[1, 0], [0, 1]], [[1 / 2, 1 / 2], [3 / 4, 1 / 4]], [0, 0]), log(2), 2),
+    ],
     "hidden_mse": [
         # (0 + 4) / 2 + (9 + 16) / 2
         ({}, states([[1, 2], [3, 4]]), states([[1, 0], [0, 0]]), 14.5, 2),
@@ -235,7 +310,7 @@ def test_every_term_has_a_value_worked_out_by_hand():
 def test_value_by_hand(name, case):
     parameters, student, teacher, expected, count = case
     value, counted = TERMS[name].function(student, teacher, **parameters)
-    assert (value.item(), counted) == (pytest.approx(expected, rel=1e-12), count)
+    assert (value.item(), counted) == (pytest.approx(expected, rel=1e-12, abs=1e-15), count)
 
 
 def test_log_sigmoid_keeps_its_value_and_slope_where_exp_overflows():
@@ -298,101 +373,6 @@ def test_golden_value_and_gradient_norm(name, golden, shared, monkeypatch):
     assert norm.item() == pytest.approx(expected["grad_norm"], rel=1e-6)
 
 
-# ---- where gradients flow ----------------------------------------------------------------------------------
-
-
-def drawn(like, requires_grad=True):
-    generator = torch.Generator().manual_seed(like)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
-
-    rows = torch.tensor([0, 0, 1])
-    logps = draw(3)
-    alternative = Prediction(torch.tensor([0, 1, 1]), 2, draw(3) - 4, draw(3, 5), None, torch.tensor([0, 1, 2]))
-    hidden = {representation.ZEPHYR: draw(3, 4)}
-    variants = {name: Prediction(rows, 2, logits=draw(3, 5)) for name in ("novice", "expert", "reinforced")}
-    return Prediction(rows, 2, logps - 4, draw(3, 5), alternative, torch.tensor([1, 0, 4]), hidden, variants), logps
-
-
-@every_loss
-def test_no_gradient_reaches_any_output_of_the_teacher(name):
-    """Whatever the teacher is, also one whose outputs could be differentiated."""
-    student, _ = drawn(0)
-    teacher, _ = drawn(1)
-    TERMS[name].function(student, teacher)[0].backward()
-    for one in (teacher, teacher.alternative):
-        assert one.logits.grad is None and one.logps.grad_fn is not None
-    assert teacher.hidden[representation.ZEPHYR].grad is None
-    assert all(variant.logits.grad is None for variant in teacher.variants.values())
-    outputs = [
-        student.logits,
-        student.alternative.logits,
-        *student.hidden.values(),
-        _leaf(student),
-        _leaf(student.alternative),
-    ]
-    assert any(x.grad is not None and x.grad.any() for x in outputs)
-    assert _leaf(teacher).grad is None and _leaf(teacher.alternative).grad is None
-
-
-def _leaf(prediction):
-    """What `logps` were computed from."""
-    return prediction.logps.grad_fn.next_functions[0][0].variable
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "weights"),
-    [
-        ("wga", {}, [1 / 2, 1 / 4, 1 / 8]),
-        ("wga", {"beta": 2.0}, [1 / 4, 1 / 16, 1 / 64]),
-        ("satimp", {"beta1": 1.0, "beta2": 1.0}, [1 / 4, 3 / 16, 7 / 64]),
-    ],
-)
-def test_weights_of_tokens_are_constants(name, parameters, weights):
-    """Else the slope in log p would have a further term, such as beta log p times the weight."""
-    logps = torch.tensor([1 / 2, 1 / 4, 1 / 8], dtype=torch.float64).log().requires_grad_()
-    TERMS[name].function(Prediction(torch.tensor([0, 0, 1]), 2, logps), None, **parameters)[0].backward()
-    torch.testing.assert_close(logps.grad, torch.tensor(weights, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("name", ["wga", "satimp"])
-def test_a_certain_token_has_a_finite_slope(name):
-    for surely in (0.0, 1e-7):  # a rounded log-probability may lie just above 0
-        logps = torch.tensor([surely], requires_grad=True)
-        parameters = {"beta2": 0.5} if name == "satimp" else {}
-        TERMS[name].function(Prediction(torch.tensor([0]), 1, logps), None, **parameters)[0].backward()
-        assert logps.grad.isfinite().all()
-
-
-def test_the_target_of_ce_u_is_a_constant():
-    """The slope in the logits is softmax less target: (1/2, 1/3, 1/6) - (0, 2/3, 1/3)."""
-    logits = torch.tensor([[1 / 2, 1 / 3, 1 / 6]], dtype=torch.float64).log().requires_grad_()
-    distribution.ce_u(Prediction(torch.tensor([0]), 1, logits=logits, targets=torch.tensor([0])), ignore_first_n=0)[
-        0
-    ].backward()
-    torch.testing.assert_close(logits.grad, torch.tensor([[1 / 2, -1 / 3, -1 / 6]], dtype=torch.float64))
-
-
-def test_jensun_agrees_with_the_divergence_written_out():
-    """The closed form for a one-hot target, where it could lose digits too."""
-    for p in (1e-12, 1e-3, 0.5, 1 - 1e-9):
-        m, logp = (1 + p) / 2, torch.tensor([log(p)], dtype=torch.float64)
-        expected = -log(m) / 2 + (p * log(p / m) + (1 - p) * log(2)) / 2
-        found, _ = distribution.jensun(Prediction(None, 1, None, None, Prediction(torch.tensor([0]), 1, logp)))
-        assert found.item() == pytest.approx(expected, rel=1e-6, abs=1e-15)
-
-
-def test_the_direction_of_rmu_is_fixed_by_its_seed():
-    like = torch.zeros(2, 64)
-    one, same, other = (representation.random_direction(like, seed) for seed in (3, 3, 4))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert one.shape == (64,) and (one >= 0).all() and one.norm().item() == pytest.approx(1, rel=1e-6)
-    before = torch.get_rng_state()
-    representation.random_direction(like, 0)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
@@ -404,6 +384,7 @@ def test_entry_of_the_table(name):
     assert term.needs <= OTHERS | OUTPUTS and bool(term.needs & OUTPUTS) != term.edit
     assert len(term.needs & set(ALTERNATIVES)) == ("alternative" in term.needs), "one source of second answers"
     assert not {"teacher", "incompetent"} <= term.needs
+    assert not term.coupled or term.unit == "sequences"
     assert ("hidden" in term.needs) == ("layer" in term_parameters(name))
     assert term.paper and term.summary
     for parameter, (annotation, default) in term_parameters(name).items():
@@ -435,5 +416,5 @@ def test_parameters_are_read_from_the_function():
 
 def test_importing_the_table_imports_neither_torch_nor_transformers():
     heavy = "{'torch', 'transformers', 'peft', 'datasets'}"
-    code = f"import sys, hf_clmul.objectives; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, hf_clmul.objectives.penalties; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

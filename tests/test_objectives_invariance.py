@@ -5,6 +5,7 @@ The tests run over TERMS, so that a new term is caught by itself. Here stands th
 
 import copy
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from hf_clmul.data.collation import RoleCollator, supervision
 from hf_clmul.data.roles import in_context
-from hf_clmul.models import causal_lm
+from hf_clmul.models import causal_lm, stored
 from hf_clmul.models.teachers import uniform
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms, layers, needs
@@ -50,6 +51,9 @@ REFUSALS = [
 
 def collated(name, rows=slice(None), pad=EOS_ID):
     examples = EXAMPLES[rows]
+    if "classes" in TERMS[name].needs:
+        pairs = zip(examples, [3, 3, 5, 3][rows], strict=True)
+        examples = [{**example, "class_id": number} for example, number in pairs]
     if "alternative" in TERMS[name].needs:
         pairs = zip(examples, REFUSALS[rows], strict=True)
         examples = [{**answered, "alternative": refusal} for answered, refusal in pairs]
@@ -57,7 +61,15 @@ def collated(name, rows=slice(None), pad=EOS_ID):
         before = {"novice": [33, 34], "expert": [35, 36, 37]}
         shown = [{name: in_context(e, ids, 21) for name, ids in before.items()} for e in examples]
         examples = [{**e, "contexts": contexts} for e, contexts in zip(examples, shown, strict=True)]
+    if "stored" in TERMS[name].needs:
+        examples = [stored.attached(e, t) for e, t in zip(examples, stored_of(len(EXAMPLES))[rows], strict=True)]
     return RoleCollator(pad).collate(examples)
+
+
+@cache
+def stored_of(number):
+    """What a model once said to each of the examples, less its 61 least likely tokens."""
+    return stored.stored_targets(tiny_llama(seed=2), EXAMPLES[:number], 3)
 
 
 def evaluate(name, student, teacher, batch):
@@ -69,6 +81,8 @@ def evaluate(name, student, teacher, batch):
     if "reinforced" in active.term.needs:
         said = causal_lm.predict(grown(teacher), batch, frozenset({"logits"}), accepted)
         targets = replace(targets, variants={"reinforced": said})
+    if "stored" in active.term.needs:
+        targets = stored.said(batch)
     prediction = causal_lm.predict(student, batch, needs(terms), accepted, layers(terms))
     if "incompetent" in active.term.needs:
         targets = uniform(prediction)
@@ -190,7 +204,7 @@ def test_no_gradient_reaches_the_teacher(name):
     assert all(p.grad is not None for p in reached)
 
 
-@every_term
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if not term.edit and not term.coupled])
 @every_model
 def test_values_and_counts_of_parts_add_up(name, model):
     value, count, gradient = value_and_gradient(name, model, collated(name))
@@ -206,6 +220,17 @@ def test_values_and_counts_of_parts_add_up(name, model):
         "later tokens": 3 + 5 + 1 + 2,
     }
     assert count == sizes[TERMS[name].unit]
+
+
+@pytest.mark.parametrize("name", [name for name, term in TERMS.items() if term.coupled])
+@every_model
+def test_the_order_of_a_batch_does_not_matter_to_a_term_that_couples_it_and_its_parts_do(name, model):
+    value, count, gradient = value_and_gradient(name, model, collated(name))
+    turned, _, turned_gradient = value_and_gradient(name, model, collated(name, slice(None, None, -1)))
+    assert difference(turned, value) < 1e-6 and difference(turned_gradient, gradient) < 1e-6
+    parts = [value_and_gradient(name, model, collated(name, slice(i, i + 2))) for i in (0, 2)]
+    assert sum(c for _, c, _ in parts) == count == 4
+    assert difference(sum(v for v, _, _ in parts), value) > 1e-2  # this is why it is refused where a batch is cut
 
 
 def widened(batch, by):

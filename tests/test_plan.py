@@ -292,6 +292,21 @@ def test_the_plan_of_a_whole_model_and_of_the_plain_sum(tmp_path):
     assert plan_recipe(load_recipe(file, plain))[1]["memory_bytes"] == 4 * (1 + 3) * count
 
 
+def test_the_plan_of_a_moving_average_and_of_random_weights(tmp_path):
+    """An average goes on in every request and costs a copy; a random teacher costs a model, a uniform one nothing."""
+    file = write_recipe(tmp_path, "full")
+    own = ["unlearning.conflict=sum", "unlearning.retain=nll"]
+    for changes, copies in (
+        (["teacher=ema", "unlearning.forget=simnpo"], (1, 1)), (["unlearning.forget=bad_teacher"], (0, 1)),
+        (["unlearning.forget={bad_teacher: {weights: uniform}}"], (0, 0)), (["teacher=ema", "unlearning.forget=bad_teacher"], (1, 2)),
+    ):  # fmt: skip
+        planned = plan_recipe(load_recipe(file, [*own, *changes]))
+        assert tuple(entry["memory_bytes"] / entry["trainable_parameters"] / 4 - 4 for entry in planned) == copies
+    learn, _ = plan_recipe(load_recipe(write_recipe(tmp_path, "lora"), ["teacher=ema"]))
+    plain, _ = plan_recipe(load_recipe(file))
+    assert learn["memory_bytes"] - plain["memory_bytes"] == 4 * learn["trainable_parameters"]
+
+
 def test_weights_of_two_bytes_and_adapters_of_four(tmp_path):
     planned = plan_recipe(load_recipe(write_recipe(tmp_path, "lora"), ["model.dtype=bfloat16"]))[0]
     base = sum(p.numel() for p in load(load_recipe(tmp_path / "recipe.yaml").model, [], 0).model.parameters())

@@ -50,6 +50,11 @@ def test_two_ranks_are_one_process(ranks, tmp_path, name):
         assert two["trainable"] == one["trainable"]
         assert two["counts"] == one["counts"]
         assert two["alternatives"] == one["alternatives"]
+        assert (two["average"] is None) == (one["average"] is None) == (not name.startswith("ema"))
+        if one["average"] is not None:
+            assert two["average"].k == one["average"].k == 4
+            assert distance(two["average"].values, one["average"].values) < 1e-7
+            assert distance(two["average"].values, {n: two["weights"][n] for n in two["average"].values}) > 1e-3
         assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-6)
         for a, b in zip(two["lines"], one["lines"], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
@@ -61,6 +66,8 @@ def test_ranks_stay_equal_to_the_bit(ranks, name):
     assert same(first["weights"], second["weights"])
     assert all(same(a, b) for a, b in zip(first["steps"], second["steps"], strict=True))
     assert first["lines"] == second["lines"]
+    if first["average"] is not None:
+        assert same(first["average"].values, second["average"].values) and first["average"].k == second["average"].k
 
 
 def test_ranks_see_different_numbers_of_labels(tmp_path):
@@ -101,8 +108,10 @@ def test_lambda_follows_the_loss_over_all_ranks(ranks):
         assert logged[0] != first or logged[1] != first  # means over two windows each
 
 
-def test_resume_on_two_ranks_is_exact_and_rank_0_alone_writes(ranks):
-    first, second = (found["resumed"] for found in ranks)
+@pytest.mark.parametrize("kind", ["resumed", "resumed ema"])
+def test_resume_on_two_ranks_is_exact_and_rank_0_alone_writes(ranks, kind):
+    first, second = (found[kind] for found in ranks)
+    assert first["average"] and second["average"]
     assert first["same"] and second["same"] and first["lines"] and second["lines"]
     assert same(first["weights"], second["weights"])
     assert first["saved"] == [f"checkpoint-{step}" for step in (3, 6, 7, 3, 6, 7)]

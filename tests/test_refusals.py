@@ -253,8 +253,17 @@ def test_plain_training_arguments_are_answered_with_the_right_class(tmp_path):
     ({"conflict": {"agem": {}, "mgda": {}}}, "is not one rule: give a name, or {name: {parameter: value}}"),
     ({"conflict": {}}, "conflict={} is not one rule"),
     ({"conflict": ["agem"]}, "is not one rule"),
-    ({"teacher": "efor"}, "teacher='efor' is not known; there are before_request. Did you mean 'before_request'?"),
-    ({"teacher": "after"}, "teacher='after' is not known; there are before_request."),
+    ({"teacher": "efor"}, "teacher='efor' is not known; there are before_request, ema. Did you mean 'before_request'?"),
+    ({"teacher": "after"}, "teacher='after' is not known; there are before_request, ema."),
+    ({"teacher": {"ema": {}, "after": {}}}, "is not one teacher: give a name, or {name: {parameter: value}}."),
+    ({"teacher": {"ema": {"decay": 0.9}}}, "teacher.ema.decay: unknown key, there are probability, momentum."),
+    ({"teacher": {"ema": {"momentum": 1.0}}}, "teacher.ema.momentum: expected a number below 1, found 1.0."),
+    ({"teacher": {"ema": {"probability": 0}}}, "teacher.ema.probability: expected a number above 0, found 0."),
+    ({"teacher": {"ema": 0.9}}, "teacher.ema: expected a section .*, found 0.9."),
+    ({"teacher": {"before_request": {"momentum": 0.9}}}, "teacher='before_request' has no parameters"),
+    ({"gamma": 1.5}, "gamma: expected a number of at most 1, found 1.5."),
+    ({"gamma": -0.1}, "gamma: expected a number of at least 0, found -0.1."),
+    ({"gamma": True}, "gamma: expected a number, found true."),
     ({"logging_nan_inf_filter": True}, "must stay off in ClmulConfig.*hides a collapse.*Remove them"),
     ({"remove_unused_columns": True}, "must stay off in ClmulConfig.*drops the roles' columns. Remove them"),
 ])  # fmt: skip
@@ -285,7 +294,8 @@ def test_a_rule_with_parameters_survives_json_and_the_command_line(tmp_path, par
 
 
 def test_configuration_survives_json_pickle_and_the_command_line(tmp_path, parser):
-    options = {"forget": {"npo": {"beta": 0.2, "weight": 2.0}}, "retain": "kl", "conflict": "sum", "max_length": 64}
+    options = {"forget": {"npo": {"beta": 0.2, "weight": 2.0}}, "retain": "kl", "conflict": "sum", "max_length": 64,
+               "teacher": {"ema": {"momentum": 0.9}}, "gamma": 0.4}  # fmt: skip
     config = ClmulConfig(str(tmp_path), **QUIET, **options)
     read = json.loads(config.to_json_string())
     assert {name: read[name] for name in options} == options
@@ -308,6 +318,10 @@ def test_configuration_survives_json_pickle_and_the_command_line(tmp_path, parse
         "sum",
         "--max_length",
         "64",
+        "--teacher",
+        json.dumps(options["teacher"]),
+        "--gamma",
+        "0.4",
     ]
     (parsed,) = parser.parse_args_into_dataclasses(line)
     assert {name: getattr(parsed, name) for name in options} == options

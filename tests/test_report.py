@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import matplotlib.image
 import pytest
-from fake_results import METRICS, RECIPE, REFERENCE, VALUES, fake_results, write_fake_run
+from fake_results import METRICS, RECIPE, REFERENCE, VALUES, fake_results, fake_stream, write_fake_run
 
 from hf_clmul import report_words
 from hf_clmul.errors import RunError
@@ -298,6 +298,75 @@ def test_a_folder_without_a_usable_record_is_refused(tmp_path, content, message)
     with pytest.raises(RunError, match=re.escape(message)):
         write_report(tmp_path)
     assert not (tmp_path / "report").exists()
+
+
+def test_of_a_long_stream_the_last_requests_are_drawn(tmp_path):
+    results = small_results()
+    base, learn, unlearn = results["stages"]
+    log = "requests/00-learn-people/log.jsonl"
+    more = [dict(learn, stage=f"{i:02d}-learn-t{i}", title=f"after learning t{i}", log=log, steps=2) for i in range(11)]
+    results["stages"] = [base, *more, unlearn]
+    page = page_of(tmp_path, results)
+    drawn = {path.name for path in (tmp_path / "report").glob("*-losses.png")}
+    assert drawn == {f"{i:02d}-learn-t{i}-losses.png" for i in range(4, 11)}  # and the unlearn request, without a log
+    assert (
+        page.text.count("only the last 8 requests are drawn; requests/00-learn-people/log.jsonl has the numbers") == 4
+    )
+    assert "5 stages after the first one are left out here" in page.text
+    alt = page.attributes("img")[0]["alt"]
+    assert "0.061 before learning, 0.974 after learning t5, " in alt and "after learning t4" not in alt
+    assert len(page.tables[0][0]) == 1 + 13 + 2  # the tables have all stages
+
+
+def small_stream():
+    results = fake_stream()
+    for stage in results["stages"]:
+        stage["log"] = None
+        for group in stage["groups"].values():
+            group["metrics"] = {"fluency": group["metrics"]["fluency"]}
+    return results
+
+
+def test_a_stream_has_its_matrix_metrics_and_claims(tmp_path):
+    page = page_of(tmp_path, small_stream())
+    matrix, metrics, unlearned = page.tables[3:]
+    assert [cells(row) for row in matrix] == [
+        ["After", "people task", "notes task", "two-persons part of people"],
+        ["before learning", "0.231", "0.141", "0.222"],
+        ["learn people", "0.982*", "0.140", "0.986*"],
+        ["unlearn two-persons", "0.973", "–", "0.332†"],
+        ["learn notes", "0.961", "0.955*", "0.357†"],
+        ["unlearn no-notes", "0.973", "0.140†", "0.332†"],
+    ]
+    assert cells(metrics[3]) == ["Backward transfer (BWT)", "−0.009", "mean over older tasks j of R[n][j] − R[l_j][j]"]
+    assert cells(unlearned[1]) == ["two-persons", "approximate", "two-persons", "0.986", "0.332", "0.332", "+0.025"]
+    assert cells(unlearned[2])[:3] == ["no-notes", "exact by deletion", "notes"]
+    assert "Exact by deletion means that the adapter that held it was deleted" in page.text
+    forgotten = [cell for cell in page.attributes("td") if cell.get("class") == "forgotten"]
+    assert len(forgotten) == 4
+    assert (tmp_path / "report" / "stream.png").is_file()
+    assert {"#stream"} < {link["href"] for link in page.attributes("a")}
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {attributes["aria-labelledby"] for _, attributes in page.tags if "aria-labelledby" in attributes} <= ids
+
+
+def test_hostile_names_of_a_stream_stay_text(tmp_path):
+    results = small_stream()
+    for column in results["stream"]["columns"]:
+        column["name"] = column["task"] = HOSTILE
+    for stage in results["stages"]:
+        stage["title"] = stage["how"] = HOSTILE
+        stage["stage"] = f"01-{stage['kind']}-{HOSTILE}"
+    page = page_of(tmp_path, results)
+    assert not page.attributes("script")
+    assert all(image["src"].startswith("data:image/png") for image in page.attributes("img"))
+    assert cells(page.tables[3][0]) == ["After", f"{HOSTILE} task", f"{HOSTILE} task", f"{HOSTILE} part of {HOSTILE}"]
+    assert cells(page.tables[3][2])[0] == f"learn {HOSTILE}"
+
+
+def test_a_record_without_a_stream_has_no_such_section(page):
+    assert "The stream" not in page.text
+    assert "#stream" not in {link["href"] for link in page.attributes("a")}
 
 
 def test_importing_it_imports_nothing_heavy():

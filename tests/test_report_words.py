@@ -1,7 +1,7 @@
 """Sentences, key figures and checks of the report: every number is the record's."""
 
 import pytest
-from fake_results import fake_results
+from fake_results import fake_results, fake_stream
 
 from hf_clmul import report_words
 
@@ -42,6 +42,14 @@ def test_an_exact_deletion_is_not_called_approximate():
     sentences = report_words.summary(results)
     assert sentences[2].startswith("It was asked to unlearn “two-persons” (exact by deletion): on the forget group")
     assert not [sentence for sentence in sentences if "pproximate" in sentence]
+    assert sentences[-1].startswith("Exact by deletion means that the adapter that held it was deleted")
+
+
+def test_every_claim_of_a_stream_is_explained():
+    assert [sentence.split(" means ")[0] for sentence in report_words.summary(fake_stream())[-2:]] == [
+        "Exact by deletion",
+        "Approximate",
+    ]
 
 
 def test_of_many_requests_the_last_of_each_kind_is_told():

@@ -35,6 +35,11 @@ REFUSED = [
     ("forget", "undial", "beta", "0", "expected a number above 0; found 0"),
     ("forget", "ce_u", "ignore_first_n", "-1", "expected a number of at least 0; found -1"),
     ("forget", "ce_u", "ignore_first_n", "1.5", "expected a whole number; found 1.5"),
+    ("forget", "bad_teacher", "weights", "zero", "expected one of random, uniform; found the text 'zero'"),
+    ("retain", "kl", "temperature", "0", "expected a number above 0; found 0"),
+    ("retain", "confident_mse", "rho", "0", "expected a number above 0; found 0"),
+    ("retain", "contrastive_distill", "layer", "1.0", "expected a whole number; found 1.0"),
+    ("retain", "contrastive_distill", "temperature", "0", "expected a number above 0; found 0"),
     ("forget", "dpo", "beta", "0", "expected a number above 0; found 0"),
     ("forget", "altpo", "alternatives", "0", "expected a number of at least 1; found 0"),
     ("forget", "elm", "eta", "-1", "expected a number of at least 0; found -1"),
@@ -62,7 +67,7 @@ def test_a_recipe_says_where_what_and_what_was_found(role, term, parameter, valu
 
 @pytest.mark.parametrize(("role", "term", "parameter", "value", "line"), REFUSED)
 def test_python_is_told_the_same(role, term, parameter, value, line):
-    python = {"'1'": "1", ".inf": float("inf"), "last": "last", "backward": "backward", "true": True}
+    python = {"'1'": "1", ".inf": float("inf"), "last": "last", "backward": "backward", "zero": "zero", "true": True}
     given = python[value] if value in python else float(value) if "." in value else int(value)
     with pytest.raises(ValueError) as caught:
         active_terms(role, {term: {parameter: given}})

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from hf_clmul.data.roles import EpochSampler
 from hf_clmul.data.sources import refusals
 from hf_clmul.gradients.active import active_rule
+from hf_clmul.importance import measured
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
 
@@ -41,10 +42,12 @@ TRAINER_TAKES = (
     "peft_config",
     "eval_dataset",
     "conflict_rule",
+    "importance",
     "compute_metrics",
     "data_collator",
     "compute_loss_func",
     "model_init",
+    "teacher_state",
 )
 Terms = Mapping[str, Mapping[str, Any]]
 
@@ -222,6 +225,12 @@ def nudged(model: nn.Module) -> nn.Module:
     moved = copy.deepcopy(model)
     nudge(moved)
     return moved
+
+
+def importances(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
+    """Something drawn for every weight whose importance is asked for, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator, dtype=torch.float64) for n, p in measured(model).items()}
 
 
 def lines(trainer: ClmulTrainer, key: str = "loss") -> list[dict[str, float]]:

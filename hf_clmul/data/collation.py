@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_clmul.data.encoding import IGNORED, Encoded
+from hf_clmul.data.encoding import CLASS_ID, IGNORED, NO_CLASS, Encoded
 
 
 @dataclass
@@ -16,7 +16,8 @@ class RoleCollator:
     Sequences are padded on the left, so that answers end in the same column and logits are needed only from the first
     supervised column on. The mask says what is real: the pad token may be the end-of-turn token. Where examples carry an
     `alternative` (a second answer), its B sequences follow the first B and `alternatives` holds B. Where they carry
-    `contexts`, {name: the example in it}, the batch has a batch of each under the same key.
+    `contexts`, {name: the example in it}, the batch has a batch of each under the same key. Where some have a class, it has
+    `classes` [B]. Where they carry stored targets, it has them as `stored`, in the order of `rows`.
     """
 
     pad_token_id: int
@@ -33,6 +34,10 @@ class RoleCollator:
         supervised = supervision(batch["labels"])
         lengths = supervised["rows"].bincount(minlength=len(batch["labels"])).tolist()
         whole = {**batch, **supervised, "alternatives": len(alternatives), "lengths": lengths}
+        if any(CLASS_ID in example for example in examples):
+            whole["classes"] = torch.tensor([example.get(CLASS_ID, NO_CLASS) for example in examples])
+        if all("stored_ids" in example for example in examples):
+            whole["stored"] = stored(examples)
         if "contexts" in examples[0]:
             names = examples[0]["contexts"]
             whole["contexts"] = {name: self.collate([e["contexts"][name] for e in examples]) for name in names}
@@ -51,6 +56,15 @@ def pad_left(examples: Sequence[Encoded], pad_token_id: int) -> dict[str, torch.
         rows["position_ids"].append([0] * pad + list(range(length)))
         rows["labels"].append([IGNORED] * pad + list(example["labels"]))
     return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def stored(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The examples' stored targets, one below the other: `ids` [N, k] int64, `logps` [N, k] and `tail` [N] in float32."""
+    kinds = {"ids": torch.int64, "logps": torch.float32, "tail": torch.float32}
+    return {
+        name: torch.cat([torch.as_tensor(example[f"stored_{name}"]).to(dtype) for example in examples])
+        for name, dtype in kinds.items()
+    }
 
 
 def supervision(labels: torch.Tensor) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 Knows tokenizers and chat templates; it must not know models, roles or requests.
 """
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from hf_clmul.errors import RecipeError
@@ -15,9 +17,11 @@ IGNORED = -100
 # Llama 3's chat templates write today's date into every prompt unless they are given one: a run that is killed and
 # continued on another day would train on other tokens, and be measured with others.
 DATE = "26 Jul 2024"  # what these templates write where they know no clock
+CLASS_ID, NO_CLASS = "class_id", -1
 FORMATS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 
-Encoded = dict[str, list[int]]
+Encoded = dict[str, Any]
+"""Lists of token ids and labels; `class_id`, where there is one, is a number."""
 
 REWRITES = (
     "the chat template writes the messages before turn {} of a conversation differently once more follow, so its answers "
@@ -61,15 +65,18 @@ def encode(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", max
     """{"input_ids": [T], "labels": [T]}; labels are -100 wherever nothing is to be learned (prompts).
 
     A column `alternative` (text) becomes `alternative_ids`, an answer that may take the place of the first; it is cut to
-    fit `max_length` too. An example that has `input_ids` and `labels` keeps them, without what its own `attention_mask` masks,
-    and its `alternative_ids`. Raises RecipeError if nothing but an end token is supervised, also after truncation to `max_length` tokens.
+    fit `max_length` too. A column `class` (text or a whole number) becomes `class_id`. An example that has `input_ids` and
+    `labels` keeps them, without what its own `attention_mask` masks, and its `alternative_ids`, `class_id` and stored targets
+    (`models.stored`), cut as its tokens are. Raises RecipeError if nothing but an end token is supervised, also after
+    truncation to `max_length` tokens.
     """
     if is_encoded(example):
         mask = example.get("attention_mask") or [1] * len(example["input_ids"])
         ids = [token for token, real in zip(example["input_ids"], mask, strict=True) if real]
         labels = [label for label, real in zip(example["labels"], mask, strict=True) if real]
         fitted = _fitted(ids, labels, example, tokenizer, max_length)
-        return _with_alternative(fitted, example.get("alternative_ids"), max_length)
+        whole = {**fitted, **_class_of(example), **_stored(example, fitted)}
+        return _with_alternative(whole, example.get("alternative_ids"), max_length)
     names = example_format(example)
     _check_columns(example, names)
     messages = chat(example, tokenizer)
@@ -85,7 +92,8 @@ def encode(example: Mapping[str, Any], tokenizer: "PreTrainedTokenizerBase", max
         labels = [IGNORED] * len(prompt_ids) + completion_ids
     other = example.get("alternative")
     answer = encode_answer(other, tokenizer) if isinstance(other, str) and other.strip() else None
-    return _with_alternative(_fitted(ids, labels, example, tokenizer, max_length), answer, max_length)
+    fitted = _fitted(ids, labels, example, tokenizer, max_length) | _class_of(example)
+    return _with_alternative(fitted, answer, max_length)
 
 
 def is_encoded(columns: Mapping[str, Any] | list[str]) -> bool:
@@ -187,6 +195,30 @@ def _with_alternative(encoded: Encoded, answer: list[int] | None, max_length: in
         return encoded
     room = None if max_length is None else max_length - first_label(encoded)
     return {**encoded, "alternative_ids": list(answer[:room])}
+
+
+def _class_of(example: Mapping[str, Any]) -> dict[str, int]:
+    """{"class_id": number}: the same for a class in every process and data set; empty for an example without one."""
+    if CLASS_ID in example:
+        return {CLASS_ID: example[CLASS_ID]}
+    name = example.get("class")
+    if not isinstance(name, str | int):
+        return {}
+    return {CLASS_ID: int.from_bytes(sha256(json.dumps(name).encode()).digest()[:8], "big") >> 1}  # fits an int64
+
+
+def _stored(example: Mapping[str, Any], fitted: Encoded) -> dict[str, Any]:
+    """The stored targets of the example at the positions that are left. Raises RecipeError where they are of other tokens."""
+    if "stored_ids" not in example:
+        return {}
+    left, there = (sum(label != IGNORED for label in e["labels"][1:]) for e in (fitted, example))
+    found = len(example["stored_ids"])
+    if found != there:
+        raise RecipeError(
+            f"an example has stored targets for {found} tokens, and {there} are supervised: they were stored with another "
+            "tokenizer, chat template or max_length. Store them again, or leave them out."
+        )
+    return {name: example[name][:left] for name in ("stored_ids", "stored_logps", "stored_tail")}
 
 
 def first_label(encoded: Mapping[str, Any]) -> int:

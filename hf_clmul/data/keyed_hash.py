@@ -1,5 +1,5 @@
-"""A number for an example that anyone with the seed can work out again, and that nothing else has a say in: not the order
-of rows, not the number of ranks, not what happened before. It knows ids and seeds, and no rows."""
+"""A number for an example that anyone with the seed can work out again, and that nothing else has a say in: not the
+order of rows, not the number of ranks, not what happened before. It knows ids and seeds, and no rows."""
 
 from hashlib import blake2b
 

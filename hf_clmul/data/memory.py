@@ -1,5 +1,6 @@
 """The memory: which examples of what was learned are kept for replay, and how they lie on disk. A pure function of the
-tasks' rows, the size and the seed: there is no state that a resume could lose or a deletion leave wrong. Knows no training."""
+tasks' rows, the size and the seed: there is no state that a resume could lose or a deletion leave wrong. Knows no
+training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ _TASK, _OWN_TASK = "task", "task column"
 def quotas(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """How many of `total` places each task gets; `sizes` are the tasks' rows, in the order in which they were learned.
 
-    Equal shares; what a small task cannot fill goes to the others, and the remainder to those learned first. Together they
-    are min(total, sum of sizes). Raises ValueError if `total` or a size is negative.
+    Equal shares; what a small task cannot fill goes to the others, and the remainder to those learned first. Together
+    they are min(total, sum of sizes). Raises ValueError if `total` or a size is negative.
     """
     if total < 0 or any(size < 0 for size in sizes.values()):
         raise ValueError(f"the memory's size and the tasks' sizes are 0 or more, found {total} and {dict(sizes)}")
@@ -39,9 +40,9 @@ def remembered(tasks: Mapping[str, Sequence[Example]], size: int, seed: int) -> 
     """Of each task the rows with the smallest keyed hash of (seed, id), as many as its quota, smallest first.
 
     `tasks` maps each task, in the order in which they were learned, to its rows that may be kept: without those that a
-    request forgets. A uniform sample of each task, whatever the order of its rows; of fewer places, the first rows. So after
-    a deletion it is the memory of a history that never had the rows: no place is left empty or refilled with a bias, as
-    where a reservoir counts what it has seen. Raises ValueError where two rows of a task have one id.
+    request forgets. A uniform sample of each task, whatever the order of its rows; of fewer places, the first rows.
+    So after a deletion it is the memory of a history that never had the rows: no place is left empty or refilled with
+    a bias, as where a reservoir counts what it has seen. Raises ValueError where two rows of a task have one id.
     """
     kept = quotas({task: len(rows) for task, rows in tasks.items()}, size)
     return {task: _smallest(task, rows, kept[task], seed) for task, rows in tasks.items()}

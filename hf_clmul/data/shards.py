@@ -1,8 +1,9 @@
-"""A task cut into shards, each into slices that are trained one after the other, each as an adapter on the frozen ones before
-it: a deletion retrains a part, and what came before that part stays as it is. Knows rows and ids; nothing of training.
+"""A task cut into shards, each into slices that are trained one after the other, each as an adapter on the frozen
+ones before it: a deletion retrains a part, and what came before that part stays as it is. Knows rows and ids; nothing
+of training.
 
-SISA (Bourtoule et al., arXiv 1912.03817) cuts so; in S3T (Basu Roy Chowdhury et al., arXiv 2406.16257) each slice trains its
-own low-rank weights and leaves earlier ones as they are, so that the prefix stays usable.
+SISA (Bourtoule et al., arXiv 1912.03817) cuts so; in S3T (Basu Roy Chowdhury et al., arXiv 2406.16257) each slice
+trains its own low-rank weights and leaves earlier ones as they are, so that the prefix stays usable.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,8 +27,9 @@ class Cost:
 def assign(rows: Sequence[Example], shards: int, slices: int, seed: int) -> dict[Part, list[Example]]:
     """All parts, shard by shard, with their rows: each row where the keyed hash of (seed, id) puts it.
 
-    So no row moves when another one is removed. Inside a part, rows stand in the order of that hash. Parts are of about one
-    size and can be empty where there are few rows. Raises ValueError for less than one shard or slice, or an id given twice.
+    So no row moves when another one is removed. Inside a part, rows stand in the order of that hash. Parts are of
+    about one size and can be empty where there are few rows. Raises ValueError for less than one shard or slice, or
+    an id given twice.
     """
     _check(shards, slices)
     found: dict[Part, list[Example]] = {(s, r): [] for s in range(shards) for r in range(slices)}
@@ -58,10 +60,11 @@ def affected(rows_by_part: Mapping[Part, Sequence[Example]], gone_ids: Collectio
 
 
 def cost(shards: int, slices: int, requests: int = 1) -> Cost:
-    """The expected cost of K = `requests` deletions carried out together, each of one uniformly random row; parts of one size.
+    """The expected cost of K = `requests` deletions carried out together, each of one row drawn from equal parts.
 
-    With S shards and R slices, slice r (from 1) is trained again if a request falls on it or on an earlier slice of its shard:
-    retrained = (1/R) sum over r of 1 - (1 - r/(SR))^K, for K = 1 (1/S)(R+1)/(2R); shards_touched = 1 - (1 - 1/S)^K.
+    With S shards and R slices, slice r (from 1) is trained again if a request falls on it or on an earlier slice of
+    its shard: retrained = (1/R) sum over r of 1 - (1 - r/(SR))^K, for K = 1 (1/S)(R+1)/(2R);
+    shards_touched = 1 - (1 - 1/S)^K.
     Raises ValueError for less than one shard or slice, or a negative number of requests.
     """
     _check(shards, slices)

@@ -1,15 +1,18 @@
-"""What a stream of requests did to each task: pure functions of the matrix R. Knows plain data; nothing of models or files.
+"""What a stream of requests did to each task: pure functions of the matrix R. Knows plain data, no models or files.
 
-R[t][j] is the score of column j after request t; row 0 is the model before the first request, n the last row. A column is a
-*task*, or the *forgotten* part of one (the rows that one request unlearned). A record ("stream" in results.json):
+R[t][j] is the score of column j after request t; row 0 is the model before the first request, n the last row. A
+column is a *task*, or the *forgotten* part of one (the rows that one request unlearned). A record ("stream" in
+results.json):
     columns   list of {"name", "kind": "task" or "forgotten", "task", "learned": [t, ...], "forgotten": [t, ...]}
     score     str  the metric that R shows
     matrix    [n + 1][columns] of float | None  None where a column was not measured
-A task is *known* at t if it was learned up to t and not forgotten whole since; forgotten parts count in `relapse` alone. Of a
-known task, l_j is when it was last learned, s_j when it was first learned since it was last forgotten.
-Papers number tasks and have one row for each; here also unlearn requests have rows, and a task can be learned twice. For a
-stream that learns T tasks once each, the formulas are the papers'. A metric is None where nothing is to be averaged, and as
-soon as one number that it needs was not measured: an average over what happens to be there would mean something else.
+
+A task is *known* at t if it was learned up to t and not forgotten whole since; forgotten parts count in `relapse`
+alone. Of a known task, l_j is when it was last learned, s_j when it was first learned since it was last forgotten.
+Papers number tasks and have one row for each; here also unlearn requests have rows, and a task can be learned twice.
+For a stream that learns T tasks once each, the formulas are the papers'. A metric is None where nothing is to be
+averaged, and as soon as one number that it needs was not measured: an average over what happens to be there would
+mean something else.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,7 +52,8 @@ def incremental_average(record: Record) -> float | None:
 def bwt(record: Record) -> float | None:
     """Backward transfer: mean over known tasks j, learned before the last request, of R[n][j] - R[l_j][j].
 
-    (1/(T-1)) sum over j < T of R[T][j] - R[j][j] (Lopez-Paz and Ranzato, arXiv 1706.08840, section 2). Negative: forgetting.
+    (1/(T-1)) sum over j < T of R[T][j] - R[j][j] (Lopez-Paz and Ranzato, arXiv 1706.08840, section 2). Negative:
+    forgetting.
     """
     matrix = record["matrix"]
     return _mean(_minus(matrix[-1][j], matrix[learned][j]) for j, learned in _older(record))
@@ -71,8 +75,8 @@ def forgetting(record: Record) -> float | None:
 def fwt_transfer(record: Record) -> float | None:
     """Forward transfer to what is not yet learned: mean over tasks j but the first learned of R[f_j - 1][j] - R[0][j].
 
-    f_j is when task j was first learned: (1/(T-1)) sum over j >= 2 of R[j-1][j] - b_j (arXiv 1706.08840, section 2), with
-    the base model's score for b_j. Needs each task's score from just before it is learned.
+    f_j is when task j was first learned: (1/(T-1)) sum over j >= 2 of R[j-1][j] - b_j (arXiv 1706.08840, section 2),
+    with the base model's score for b_j. Needs each task's score from just before it is learned.
     """
     matrix, firsts = record["matrix"], _first_learned(record)
     later = {j: first for j, first in firsts.items() if first > min(firsts.values())}
@@ -91,15 +95,16 @@ def fwt_single(record: Record, single: Mapping[str, float | None]) -> float | No
 
 
 def relapse(record: Record) -> float | None:
-    """Mean over forgotten columns of `relapses`: what later requests brought back. Near 0 or negative: it stays forgotten."""
+    """Mean over forgotten columns of `relapses`: what later requests brought back. At most 0: it stayed forgotten."""
     return _mean(relapses(record).values())
 
 
 def relapses(record: Record) -> dict[str, float | None]:
     """Of each column that was forgotten, by name: its best later score minus its score right after forgetting.
 
-    max over f < t < r of R[t][j], minus R[f][j], where r is when the rows were learned again with leave (else n + 1). Of a
-    column forgotten more than once, the largest. Columns with no request between f and r are left out. The word is UnCLe's.
+    max over f < t < r of R[t][j], minus R[f][j], where r is when the rows were learned again with leave (else n + 1).
+    Of a column forgotten more than once, the largest. Columns with no request between f and r are left out. The word
+    is UnCLe's.
     """
     found = {}
     for j, column in enumerate(record["columns"]):
@@ -153,7 +158,8 @@ METRICS: dict[str, Metric] = {
 def stream_metrics(record: Record) -> dict[str, float | None]:
     """Every metric of the table above, by a name that says its formula; None where the record does not allow it.
 
-    `fwt_learned_minus_single` reads the scores of tasks learned alone from the record's optional key "single": {task: score}.
+    `fwt_learned_minus_single` reads the scores of tasks learned alone from the record's optional key "single",
+    {task: score}.
     """
     return {name: metric.value(record) for name, metric in METRICS.items()}
 

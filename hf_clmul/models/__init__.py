@@ -2,4 +2,7 @@
 not import torch."""
 
 FAMILIES = {"causal_lm": "language models: AutoModelForCausalLM"}
-TEACHERS = {"before_request": "the model as it was when the request began"}
+TEACHERS = {
+    "before_request": "the model as it was when the request began",
+    "ema": "a moving average of the student over all requests (UniCLUN's continual teacher)",
+}

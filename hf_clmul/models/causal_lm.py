@@ -77,12 +77,13 @@ def predict(
                 states = {layer: state + 0.0 * logits.sum() for layer, state in states.items()}
     rows, targets, pairs = batch["rows"], batch["targets"], batch["alternatives"]
     if not pairs:
-        return _prediction(logits, targets, rows, batch["input_ids"].shape[0], needs, states)
+        own = _prediction(logits, targets, rows, batch["input_ids"].shape[0], needs, states)
+        return replace(own, classes=batch.get("classes"))
     first, second = rows < pairs, rows >= pairs
     alternative = _prediction(_chosen(logits, second), targets[second], rows[second] - pairs, pairs, needs)
     states = None if states is None else {layer: state[first] for layer, state in states.items()}
     own = _prediction(_chosen(logits, first), targets[first], rows[first], pairs, needs, states)
-    return replace(own, alternative=alternative)
+    return replace(own, alternative=alternative, classes=batch.get("classes"))
 
 
 def _supervised(columns: Tensor, batch: Mapping[str, Any]) -> Tensor:

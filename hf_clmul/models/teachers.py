@@ -4,6 +4,7 @@ and adapters; nothing of terms or requests."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -22,33 +23,33 @@ def uniform(student: Prediction) -> Prediction:
     return Prediction(student.rows, student.batch_size, logits=logits, targets=student.targets)
 
 
-class BeforeRequest:
-    """The model as it was when the request began, keeping a frozen copy of what trains and of nothing else.
+def random_like(model: nn.Module, seed: int) -> nn.Module:
+    """The incompetent teacher of the papers: a frozen model of the same architecture with random weights, in eval mode.
 
-    A new adapter is simply switched off (no bytes); an adapter trained further in place is copied as a frozen adapter (a
-    few MB); of a model that is trained in part, those parameters are kept and change places with the live ones while the
-    teacher answers; a fully trained model is copied whole, or, where ranks hold parts of it (FSDP2), kept in the same way.
-    Make it from the unwrapped model before training starts, with its `requires_grad` flags set; `release` takes the copy
-    out again.
+    Below a PEFT wrapper it is like the base. Drawn on the CPU, so the same on every device and rank; the global random state
+    stays as it was.
     """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = type(base)._from_config(deepcopy(base.config), dtype=base.dtype)
+    return made.eval().requires_grad_(False).to(base.device)
 
-    name = COPY  # of the frozen adapter
+
+class Teacher:
+    """A state of the student that answers in its place. What differs is a `copy` of the model, or a frozen adapter, or values
+    `kept` {parameter's name: (parameter, value)} that change places with the live ones while it answers; with none of them
+    it is the model with its adapter switched off."""
+
+    name = ""  # of the frozen adapter
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.copy: nn.Module | None = None
         self.is_adapter_copy = False
-        self.kept: list[tuple[nn.Parameter, Tensor]] = []
+        self.kept: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self.trained = adapters.trained(model) if isinstance(model, PeftModel) else None
-        if self.trained is None or not adapters.trains_alone(model, self.trained):
-            if all(p.requires_grad for p in model.parameters()) and not self._sharded:
-                self.copy = deepcopy(model).eval().requires_grad_(False)
-            else:
-                self.kept = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-        elif not adapters.is_identity(model, self.trained):
-            adapters.copy_frozen(model, self.trained, self.name)
-            self.is_adapter_copy = True
 
     @contextmanager
     def answering(self) -> Iterator[nn.Module]:
@@ -70,9 +71,9 @@ class BeforeRequest:
 
     @contextmanager
     def _exchanged(self) -> Iterator[None]:
-        live = [p.detach().clone() if self._sharded else p.data for p, _ in self.kept]
+        live = [p.detach().clone() if self._sharded else p.data for p, _ in self.kept.values()]
         try:
-            self._put([value for _, value in self.kept])
+            self._put([value for _, value in self.kept.values()])
             yield
         finally:
             self._put(live)
@@ -80,18 +81,52 @@ class BeforeRequest:
     def _put(self, values: list[Tensor]) -> None:
         for module in self._sharded:
             module.reshard()
-        for (p, _), value in zip(self.kept, values, strict=True):
+        for (p, _), value in zip(self.kept.values(), values, strict=True):
             if self._sharded:  # FSDP does not see that a storage was replaced
                 p.copy_(value)
-            else:  # storages change hands, no value is copied
-                p.data = value
+            else:  # storages change hands; a value is copied only where it is kept in another precision
+                p.data = value.to(p.dtype)
+
+    def follow(self, step: int) -> None:
+        """Told of each optimizer step, counted from 1; a teacher that stays as it is does nothing."""
+
+    def save(self, folder: Path) -> None:
+        """Writes into a checkpoint what cannot be had again from the weights before the request."""
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
 
     def release(self) -> None:
         """Forgets the copy."""
-        self.copy, self.kept = None, []
+        self.copy, self.kept = None, {}
         if self.is_adapter_copy:
             adapters.remove(self.model, self.name)
             self.is_adapter_copy = False
+
+
+class BeforeRequest(Teacher):
+    """The model as it was when the request began, keeping a frozen copy of what trains and of nothing else.
+
+    A new adapter is simply switched off (no bytes); an adapter trained further in place is copied as a frozen adapter (a
+    few MB); of a model that is trained in part, those parameters are kept and change places with the live ones while the
+    teacher answers; a fully trained model is copied whole, or, where ranks hold parts of it (FSDP2), kept in the same way.
+    Make it from the unwrapped model before training starts, with its `requires_grad` flags set; `release` takes the copy
+    out again.
+    """
+
+    name = COPY
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if self.trained is None or not adapters.trains_alone(model, self.trained):
+            if all(p.requires_grad for p in model.parameters()) and not self._sharded:
+                self.copy = deepcopy(model).eval().requires_grad_(False)
+            else:
+                named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+                self.kept = {name: (p, p.detach().clone()) for name, p in named}
+        elif not adapters.is_identity(model, self.trained):
+            adapters.copy_frozen(model, self.trained, self.name)
+            self.is_adapter_copy = True
 
 
 class Reinforced(BeforeRequest):

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.objectives import distillation, distribution, edits, likelihood, preference, preparation, representation
+from hf_clmul.objectives import (
+    contrast,
+    distillation,
+    distribution,
+    edits,
+    likelihood,
+    preference,
+    preparation,
+    representation,
+)
 
 LEARN, FORGET, RETAIN, MEMORY = "learn", "forget", "retain", "memory"
 ROLES = (LEARN, FORGET, RETAIN, MEMORY)
@@ -24,9 +33,11 @@ class Term:
     nothing; "alternative": the same for a second answer, which is, of `ALTERNATIVES`, a "refusal" of the built-in
     ones, each example's own from a "column" of the data, or "generated" by the model before it is trained;
     "contexts": the teacher's logits behind further texts; "reinforced": its logits after more training on the same
-    data. An `edit` changes the weights instead of training: its function takes and returns values of one parameter, it
-    has no unit and no weight, and it stands alone. `preparation` holds the parameters of what it needs beside
-    the batch, where that has any.
+    data; "stored": a teacher's answers that were kept with the examples; "classes": every example has one. An `edit` changes
+    the weights instead of training: its function takes and returns values of one parameter, it has no unit and no weight,
+    and it stands alone. `preparation` holds the parameters of what it needs beside the batch, where that has any. A `coupled`
+    term compares the examples of a batch, so that it means the same only where a role's whole batch is in one place: no
+    accumulation, one rank.
     """
 
     function: Callable[..., Any]
@@ -37,16 +48,17 @@ class Term:
     summary: str
     preparation: type | None = None
     edit: bool = False
+    coupled: bool = False
 
 
 def _term(
     function: Callable[..., Any], roles: tuple[str, ...], unit: str, needs: str, paper: str, summary: str,
-    preparation: type | None = None, edit: bool = False,
+    preparation: type | None = None, edit: bool = False, coupled: bool = False,
 ) -> Term:  # fmt: skip
-    return Term(function, roles, unit, frozenset(needs.split()), paper, summary, preparation, edit)
+    return Term(function, roles, unit, frozenset(needs.split()), paper, summary, preparation, edit, coupled)
 
 
-KEPT, GONE = (LEARN, RETAIN, MEMORY), (FORGET,)
+KEPT, REPLAYED, GONE = (LEARN, RETAIN, MEMORY), (RETAIN, MEMORY), (FORGET,)
 
 # fmt: off
 TERMS: dict[str, Term] = {
@@ -58,6 +70,14 @@ TERMS: dict[str, Term] = {
         "Jensen-Shannon divergence to the teacher"),
     "logit_mse": _term(distillation.logit_mse, KEPT, "tokens", "logits teacher", "arXiv 2004.07211",
         "squared distance of logits to the teacher's"),
+    "confident_mse": _term(distillation.confident_mse, REPLAYED, "tokens", "logits targets teacher", "arXiv 2408.11374",
+        "as logit_mse, where the teacher is sure of the right token (UniCLUN)"),
+    "contrastive_distill": _term(contrast.contrastive_distill, REPLAYED, "sequences", "hidden teacher",
+        "arXiv 2408.11374", "answers lie to each other as the teacher's do (UniCLUN)", coupled=True),
+    "sup_con": _term(contrast.sup_con, (LEARN, MEMORY), "sequences", "hidden classes", "arXiv 2004.11362",
+        "answers of a class lie close together", coupled=True),
+    "der": _term(distillation.der, (MEMORY,), "tokens", "logits stored", "arXiv 2004.07211",
+        "KL to what a teacher said of the memory's examples when they were stored"),
     "hidden_mse": _term(representation.hidden_mse, KEPT, "tokens", "hidden teacher", "arXiv 2403.03218",
         "squared distance of a layer's hidden states to the teacher's"),
     "answer_preservation": _term(preference.answer_preservation, (RETAIN,), "sequences",
@@ -95,7 +115,7 @@ TERMS: dict[str, Term] = {
     "undial": _term(distillation.undial, GONE, "tokens", "logits targets teacher", "arXiv 2402.10052",
         "self-distillation with the right token's logit lowered"),
     "bad_teacher": _term(distillation.bad_teacher, GONE, "tokens", "logits incompetent", "arXiv 2205.08096",
-        "KL to a teacher that knows nothing"),
+        "KL to a teacher that knows nothing", preparation.Incompetent),
     "elm": _term(distillation.elm, GONE, "tokens", "logits teacher contexts", "arXiv 2410.02760",
         "distils the teacher as one that has never heard of it", preparation.Contexts),
     "scrub": _term(distillation.scrub, GONE, "tokens", "logits teacher", "arXiv 2302.09880",

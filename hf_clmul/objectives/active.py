@@ -1,13 +1,13 @@
 """The terms that act on each role of a request, checked and ready to call. Knows the table; no trainer, no
 recipe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords, term_parameters
+from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords
 from hf_clmul.objectives.counts import COUNTS
 from hf_clmul.recipe_problems import did_you_mean, value_problem
 
@@ -71,19 +71,33 @@ def _active(role: str, name: str, parameters: dict[str, Any]) -> ActiveTerm:
         raise ValueError(
             f"{role}: no term {name!r} for this role; there are {', '.join(possible)}.{did_you_mean(name, possible)}"
         )
-    known = term_parameters(name)
-    if not TERMS[name].edit:
+    term = TERMS[name]
+    return ActiveTerm(name, term, *filled(f"{role}/{name}", term.function, term.preparation, parameters, not term.edit))
+
+
+def filled(
+    where: str,
+    function: Callable[..., Any],
+    preparation: type | None,
+    given: Mapping[str, Any],
+    weighed: bool = True,
+) -> tuple[dict[str, Any], float, Any]:
+    """(parameters of the function, weight, preparation or None), checked, and with defaults for what is not given.
+
+    Raises ValueError that begins with `where`.
+    """
+    known = keywords(function) | keywords(preparation)
+    if weighed:
         known["weight"] = Annotated[float, Ge(0)], 1.0
-    for parameter, value in parameters.items():
+    for parameter, value in given.items():
         if parameter not in known:
-            raise ValueError(f"{role}/{name}: unknown parameter {parameter!r}; there are {', '.join(known)}.")
+            raise ValueError(f"{where}: unknown parameter {parameter!r}; there are {', '.join(known)}.")
         if why := value_problem(known[parameter][0], value):
-            raise ValueError(f"{role}/{name}: {parameter}: expected {why['expected']}; found {why['found']}.")
-    filled = {parameter: default for parameter, (_, default) in known.items()} | parameters
-    weight = float(filled.pop("weight", 1.0))
-    made_before = TERMS[name].preparation
-    others = {parameter: filled.pop(parameter) for parameter in keywords(made_before)}
-    return ActiveTerm(name, TERMS[name], filled, weight, made_before(**others) if made_before is not None else None)
+            raise ValueError(f"{where}: {parameter}: expected {why['expected']}; found {why['found']}.")
+    values = {parameter: default for parameter, (_, default) in known.items()} | dict(given)
+    weight = float(values.pop("weight", 1.0))
+    others = {parameter: values.pop(parameter) for parameter in keywords(preparation)}
+    return values, weight, preparation(**others) if preparation is not None else None
 
 
 def alternatives_from(terms: Sequence[ActiveTerm]) -> str | None:

@@ -12,6 +12,8 @@ from hf_clmul.objectives.prediction import Prediction
 if TYPE_CHECKING:
     from torch import Tensor
 
+Positive = Annotated[float, Gt(0)]
+
 
 def divergence(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
     """KL(p || q) of each row, in nats, from log-probabilities [N, V]: [N]."""
@@ -25,20 +27,31 @@ def jensen_shannon(log_p: "Tensor", log_q: "Tensor") -> "Tensor":
     return (divergence(log_p, log_m) + divergence(log_q, log_m)) / 2
 
 
+def softened(logits: "Tensor", temperature: float) -> "Tensor":
+    return logits if temperature == 1 else logits / temperature
+
+
 def kl(
-    student: Prediction, teacher: Prediction, *, direction: Literal["forward", "reverse"] = "forward"
+    student: Prediction,
+    teacher: Prediction,
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    temperature: Positive = 1.0,
 ) -> "tuple[Tensor, int]":
     """KL(teacher || student), or reverse KL(student || teacher), summed over the N supervised tokens, in
     nats; count N.
 
     TOFU (arXiv 2401.06121, section 4, "KL minimization"; forward, the default, is theirs) on the answer only:
     prompts and padding take no part, unlike in implementations that average over all positions. Logits are
-    [N, V].
+    [N, V]. A `temperature` T other than 1 divides both logits by T and multiplies the value by T^2, so that gradients keep
+    their size (Hinton et al., arXiv 1503.02531, section 2). On `learn`, with the teacher `before_request`, it is learning
+    without forgetting (LwF, arXiv 1606.09282), there with T = 2.
     """
-    log_p, log_q = teacher.logits.detach().log_softmax(-1), student.logits.log_softmax(-1)
+    log_p = softened(teacher.logits.detach(), temperature).log_softmax(-1)
+    log_q = softened(student.logits, temperature).log_softmax(-1)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
-    return divergence(log_p, log_q).sum(), student.tokens
+    return temperature**2 * divergence(log_p, log_q).sum(), student.tokens
 
 
 def js(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
@@ -61,7 +74,19 @@ def logit_mse(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
     return (student.logits - teacher.logits.detach()).square().mean(-1).sum(), student.tokens
 
 
-def undial(student: Prediction, teacher: Prediction, *, beta: Annotated[float, Gt(0)] = 10.0) -> "tuple[Tensor, int]":
+def confident_mse(student: Prediction, teacher: Prediction, *, rho: Positive = 1.0) -> "tuple[Tensor, int]":
+    """w_t times the mean over the vocabulary of (z - z_teacher)^2, summed over the N supervised tokens; count N.
+
+    UniCLUN (arXiv 2408.11374, equations 3 and 4), after OCD-Net (IJCAI 2022): w_t is the probability that the teacher gives the
+    right token at temperature `rho`, so that it counts where it is right. Logits [N, V], targets [N]; no gradient reaches the
+    teacher; without a unit. The mean over the vocabulary and rho 1 are the authors' code's, which weighs the term 0.1.
+    """
+    z = teacher.logits.detach()
+    sure = softened(z, rho).softmax(-1).gather(1, student.targets[:, None]).squeeze(1)
+    return (sure * (student.logits - z).square().mean(-1)).sum(), student.tokens
+
+
+def undial(student: Prediction, teacher: Prediction, *, beta: Positive = 10.0) -> "tuple[Tensor, int]":
     """Self-distillation to adjusted logits: cross-entropy with softmax(z_teacher - beta onehot(y_t)) over N
     tokens; count N.
 
@@ -79,7 +104,8 @@ def bad_teacher(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]
     count N.
 
     Chundawat et al. (arXiv 2205.08096), its part on forget data; also the unlearning loss of UniCLUN (arXiv
-    2408.11374). The teacher is whatever incompetent one the trainer has; logits are [N, V].
+    2408.11374). `weights` says which the teacher is: a frozen model of the same architecture with random weights, the default, or
+    `uniform`; logits are [N, V].
     """
     return kl(student, teacher)
 
@@ -121,3 +147,22 @@ def whp(student: Prediction, teacher: Prediction, *, alpha: Annotated[float, Ge(
     z, reinforced = teacher.logits.detach(), teacher.variants["reinforced"].logits.detach()
     target = (z - alpha * (reinforced - z).clamp(min=0)).softmax(-1)
     return -(target * student.logits.log_softmax(-1)).sum(), student.tokens
+
+
+def der(student: Prediction, teacher: Prediction) -> "tuple[Tensor, int]":
+    """KL(stored || student), summed over the N supervised tokens, in nats; count N. What is stored is a teacher's k most
+    likely tokens [N, k], all others being one more: sum over these of q (log q - log p) + q_rest (log q_rest - log p_rest).
+
+    Dark experience replay, Buzzega et al. (arXiv 2004.07211): targets stored when an example was seen hold the model where
+    it was. They begin with this divergence and then take the squared distance of all logits in its place, which needs every
+    logit of a vocabulary and also holds a constant that is added to all, though it changes no probability; `logit_mse` has
+    that distance, to a teacher that is there. Equal to `kl` where k is the vocabulary's size, else never above it. Student
+    logits are [N, V]. With `nll` beside it, weighed by the authors' beta, it is DER++.
+    """
+    q, log_p = teacher.top, student.logits.log_softmax(-1)
+    found = divergence(q.logps.detach(), log_p.gather(1, q.ids)).sum()
+    if q.ids.shape[-1] < log_p.shape[-1]:  # else nothing is left, and its logarithm has no gradient
+        rest = log_p.scatter(1, q.ids, -float("inf")).logsumexp(-1)
+        tail = q.tail.detach().clamp(min=-1e4)  # of a mass of zero: zero times a finite number
+        found = found + (tail.exp() * (tail - rest)).sum()
+    return found, student.tokens

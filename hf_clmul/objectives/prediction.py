@@ -9,6 +9,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Top:
+    """Distributions at N positions by their k most likely tokens: `ids` [N, k], log-probabilities `logps` [N, k] and that of
+    all other tokens together, `tail` [N], in nats (-inf: none)."""
+
+    ids: "Tensor"
+    logps: "Tensor"
+    tail: "Tensor"
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Outputs at the N supervised positions of a batch of B sequences. Nothing of prompts or padding is in
     it.
@@ -18,7 +28,8 @@ class Prediction:
     float32, what the layer puts out where the token is predicted, keyed as terms name the layer. Each is None
     unless a term asked for it. `alternative` holds the same, less hidden states, for a second answer to the
     same prompts (a refusal), where a term asked for one. `variants` are of a teacher only: what it says at the same
-    N positions in another context, or after other training, by name.
+    N positions in another context, or after other training, by name; so is `top`, what one once said and was stored. `classes`
+    [B], numbers of the sequences' classes, -1 for one that has none, is None where no sequence of the batch has one.
     """
 
     rows: "Tensor"
@@ -29,6 +40,8 @@ class Prediction:
     targets: Optional["Tensor"] = None
     hidden: Mapping[float, "Tensor"] | None = None
     variants: Mapping[str, "Prediction"] | None = None
+    classes: Optional["Tensor"] = None
+    top: Top | None = None
 
     @property
     def tokens(self) -> int:

@@ -2,7 +2,7 @@
 model."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
@@ -26,6 +26,17 @@ class Contexts:
 
     novice: str = "What follows was written by somebody who has never heard of this subject:\n\n"
     expert: str = "What follows was written by somebody who knows everything about this subject:\n\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incompetent:
+    """`weights` of the teacher that knows nothing: `random`, a whole model of the same architecture, frozen; or `uniform`, every
+    token equally likely, without a model.
+
+    Random weights are the papers' (arXiv 2205.08096, 2408.11374), and what they say hardly depends on the input.
+    """
+
+    weights: Literal["random", "uniform"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,60 @@
+"""What the terms of a role are measured against on a batch: which teachers a request has, and what they say. It knows terms'
+needs and teachers by their contracts; no loss."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hf_clmul.models import causal_lm, stored
+from hf_clmul.models.ema import Ema
+from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Teacher, uniform
+from hf_clmul.objectives.active import ActiveTerm, layers, needs
+from hf_clmul.objectives.prediction import Prediction
+
+if TYPE_CHECKING:
+    from hf_clmul.trainer import ClmulTrainer
+
+Batch = dict[str, Any]
+
+
+def new_teacher(trainer: "ClmulTrainer", model: nn.Module) -> Teacher | None:
+    """The teacher that `args.teacher` names, from the live weights. The moving average goes on where no term asks for it."""
+    _, average = teacher_choice(trainer.args.teacher)
+    if average is not None:
+        return Ema(model, average, trainer.args.seed, trainer.teacher_state)
+    asked = any("teacher" in active.term.needs for terms in trainer.terms.values() for active in terms)
+    return BeforeRequest(model) if asked else None
+
+
+def of_teacher(trainer: "ClmulTrainer", terms: list[ActiveTerm], batch: Batch) -> Prediction | None:
+    """What the teacher says, and the reinforced model where a term asks for it."""
+    asked = needs(terms, of_teacher=True)
+    if not asked:
+        return None
+    with trainer.teacher.answering() as teacher, trainer.accelerator.autocast():
+        said = causal_lm.predict(teacher, batch, asked, trainer._accepted, layers(terms, of_teacher=True))
+    if not any("reinforced" in active.term.needs for active in terms):
+        return said
+    with trainer.reinforced.answering() as reinforced, trainer.accelerator.autocast():
+        after = causal_lm.predict(reinforced, batch, frozenset({"logits"}), trainer._accepted)
+    return replace(said, variants={**(said.variants or {}), REINFORCED: after})
+
+
+def said_of(
+    trainer: "ClmulTrainer", active: ActiveTerm, student: Prediction, batch: Batch, said: Prediction | None
+) -> Prediction | None:
+    """What a term is measured against: what nobody's teacher says, what was stored, or else what the teacher `said`."""
+    if "incompetent" in active.term.needs:
+        return of_nobody(trainer, active, student, batch)
+    return stored.said(batch) if "stored" in active.term.needs else said
+
+
+def of_nobody(trainer: "ClmulTrainer", active: ActiveTerm, student: Prediction, batch: Batch) -> Prediction:
+    """What the incompetent teacher says to a term that asks for it."""
+    if active.preparation.weights == "uniform":
+        return uniform(student)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        return causal_lm.predict(trainer.incompetent, batch, frozenset({"logits"}), trainer._accepted)
