@@ -15,6 +15,7 @@ from hf_clmul.models import adapters, slao, stored
 from hf_clmul.models.ema import FILE as EMA
 from hf_clmul.models.ema import EmaState
 from hf_clmul.models.stored import Targets
+from hf_clmul.objectives.penalties import active_penalties
 from hf_clmul.plan import Job, Step
 from hf_clmul.recipe_streams import STREAM
 
@@ -63,8 +64,11 @@ def trained(run: "Run", step: Step, job: Job, trainer: "ClmulTrainer", rows: Map
     carried.tasks += 1
     if _merges(run):
         carried.tuned = slao.merge(run.model, adapters.TASK + STREAM, carried.merged, carried.tasks)
-    if "ewc" in run.recipe.learning.penalties:
-        carried.importance = fisher.accumulated(carried.importance, fisher.fisher(run.model, rows["learn"]))
+    for wanted in active_penalties(run.recipe.learning.penalties):
+        if "importance" in wanted.penalty.needs:
+            how = wanted.preparation
+            new = fisher.fisher(run.model, rows["learn"], how.examples)
+            carried.importance = fisher.accumulated(carried.importance, new, how.gamma)
 
 
 def save(run: "Run", step: Step, job: Job, folder: Path) -> None:

@@ -47,7 +47,7 @@ class Evaluated:
         return [self.rows, self.groups, {column.name: self.texts(column) for column in self.columns}]
 
     def group(self, text: str) -> str:
-        """The first group that the example is in, or "tasks": one that was forgotten and learned again is in none."""
+        """The first group that the example is in, or "tasks" where it is in none."""
         return next((name for name, texts in self._sets.items() if text in texts), "tasks")
 
     def key(self, text: str) -> str:

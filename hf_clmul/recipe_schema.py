@@ -357,4 +357,4 @@ def _home_of(name: str, valid: list[str], key: Key) -> str:
     homes = [
         part for part in sections for c in _sections_in(Recipe.model_fields[part].annotation) if name in _fields(c)
     ]
-    return f"it belongs under `{homes[0]}`" if len(homes) == 1 else ""
+    return f"it belongs under {' or '.join(f'`{home}`' for home in homes)}" if len(homes) in (1, 2) else ""

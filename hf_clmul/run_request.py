@@ -92,10 +92,11 @@ def prepare(run: Run) -> None:
 
     Raises RecipeError.
     """
-    model = _stand_in(run)
+    model = None
     for step in run.steps:
         for job in step.jobs:
             args = _arguments(run, step, job)
+            model = _stand_in(run, job, args, model)
             rows = encoded(run, step, job)
             if "memory" in rows and run.recipe.memory.top_k is not None:  # it is stored when it has been learned
                 rows["memory"] = [stored.attached(row, stored.blank(row)) for row in rows["memory"]]
@@ -114,14 +115,16 @@ def encoded(run: Run, step: Step, job: Job) -> dict[str, list[Encoded]]:
     return roles
 
 
-def _stand_in(run: Run) -> Any:
-    """What the requests train: the model, or its like with an adapter, without weights. The model itself is measured first
-    and gets its adapters as tasks are learned."""
+def _stand_in(run: Run, job: Job, args: ClmulConfig, before: Any) -> Any:
+    """What a job trains: the model, or its like with an adapter, without weights. The model itself is measured first and gets
+    its adapters as tasks are learned."""
     if run.recipe.adapter is None:
         return run.model
-    with torch.device("meta"):
-        model = type(run.model)(deepcopy(run.model.config))
-    return adapters.attach_task(model, run.recipe.adapter, "any", 0)
+    if before is None:
+        with torch.device("meta"):
+            before = type(run.model)(deepcopy(run.model.config))
+    # Only a pattern may name the adapter: all else is tried on one for all.
+    return adapters.stand_in(before, run.recipe.adapter, "any" if args.trainable is None else job.adapter)
 
 
 def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
