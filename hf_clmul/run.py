@@ -3,6 +3,7 @@ Knows all rooms by their doors; mathematics and file formats live elsewhere."""
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -56,6 +57,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         wait = timedelta(seconds=max(training.get("ddp_timeout", 1800) for training in trainings))
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
+        _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, steps)
         chosen, how = evaluated(recipe, steps, whole), _measuring(recipe)
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how)])
@@ -77,6 +79,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
 
     with quiet_libraries():
         steps = plan_steps(recipe)
+        _wanted(recipe, steps)
         return estimate(recipe, steps, texts(groups(recipe, steps)))
 
 
@@ -135,7 +138,7 @@ def _settle(run: Run, step: Step, base: str) -> None:
 
 def _finish(run: Run, began: float) -> None:
     """The export, then the final record: from then on the run is complete."""
-    wanted = _wanted(run)
+    wanted = _wanted(run.recipe, run.steps)
     public = shared(_record(run, COMPLETE, began), run.recipe)
     card = model_card(public, dump_recipe(run.recipe, shared=True), wanted.kind, run.loaded.base)
     some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
@@ -182,24 +185,28 @@ def _write_json(path: Path, content: Any) -> None:
     atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
-def _wanted(run: Run) -> Wanted:
-    """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names."""
-    last, chosen = run.steps[-1], run.recipe.export.tasks
+def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
+    """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names, with what unlearns
+    from the base. Raises RecipeError for a task that is gone by then."""
+    last, chosen = steps[-1], recipe.export.tasks
     each = {name: (name,) for name in last.stack} | dict(last.own)
     if chosen is not None and (gone := [name for name in chosen if name not in each]):
         raise RecipeError(
             f"export.tasks: of task {gone[0]!r} no adapter is left to export; there are {', '.join(each) or 'none'}."
         )
     shared_stack = {name: each[name] for name in last.stack} or each
-    parts = [part for name in (chosen or shared_stack) for part in each[name]]
-    # What the base knew is unlearned by an adapter; one that could be switched off would be a filter.
-    erases = any(
-        isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
-        for step in run.steps
-    )
+    # What the base knew is unlearned by an adapter; one that could be switched off, or left out, would be a filter.
+    erases = [
+        job.adapter
+        for step in steps
+        if isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
+        for job in step.jobs
+        if job.adapter is not None
+    ]
+    parts = [part for name in dict.fromkeys([*(chosen or shared_stack), *erases]) for part in each[name]]
     named = {name: tuple(adapters.TASK + part for part in own) for name, own in each.items()}
     return Wanted(
-        tuple(adapters.TASK + part for part in parts), named, bool(parts) and (run.recipe.export.merge or erases)
+        tuple(adapters.TASK + part for part in parts), named, bool(parts) and (recipe.export.merge or bool(erases))
     )
 
 
