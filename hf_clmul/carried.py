@@ -15,6 +15,7 @@ from hf_clmul.models import adapters, slao, stored
 from hf_clmul.models.ema import FILE as EMA
 from hf_clmul.models.ema import EmaState
 from hf_clmul.models.stored import Targets
+from hf_clmul.objectives.penalties import active_penalties
 from hf_clmul.plan import Job, Step
 from hf_clmul.recipe_streams import STREAM
 
@@ -63,8 +64,11 @@ def trained(run: "Run", step: Step, job: Job, trainer: "ClmulTrainer", rows: Map
     carried.tasks += 1
     if _merges(run):
         carried.tuned = slao.merge(run.model, adapters.TASK + STREAM, carried.merged, carried.tasks)
-    if "ewc" in run.recipe.learning.penalties:
-        carried.importance = fisher.accumulated(carried.importance, fisher.fisher(run.model, rows["learn"]))
+    for wanted in active_penalties(run.recipe.learning.penalties):
+        if "importance" in wanted.penalty.needs:
+            how = wanted.preparation
+            new = fisher.fisher(run.model, rows["learn"], how.examples)
+            carried.importance = fisher.accumulated(carried.importance, new, how.gamma)
 
 
 def save(run: "Run", step: Step, job: Job, folder: Path) -> None:
@@ -120,9 +124,10 @@ def remember(run: "Run", step: Step) -> None:
     carried, top_k = run.carried, run.recipe.memory.top_k
     carried.targets = {name: targets for name, targets in carried.targets.items() if name in wanted}
     new = {name: row for name, row in wanted.items() if name not in carried.targets} if top_k is not None else {}
-    if new and step.kind == "learn":
-        rows = list(run.encode(list(new.values()), step.jobs[-1].settings_of, f"{step.name}, memory"))
-        with adapters.serving(run.model, [adapters.TASK + name for name in step.stack]) as model:
+    if new:  # a deletion makes room for further examples of other tasks
+        rows = run.encode(list(new.values()), step.index, f"{step.name}, memory")
+        stack = [adapters.TASK + name for name in step.stack if run.has(name)]
+        with adapters.serving(run.model, stack) as model:
             carried.targets |= dict(zip(new, stored.stored_targets(model, rows, top_k), strict=True))
     if run.main:
         memory.write(run.folder.memory, step.memory)

@@ -6,6 +6,7 @@ from typing import Any
 
 EXACT_BY_DELETION, EXACT_BY_RETRAINING = "exact by deletion", "exact by partial retraining"
 APPROXIMATE, FILTER = "approximate", "filter"
+EXACT = (EXACT_BY_DELETION, EXACT_BY_RETRAINING)
 
 # "Filter means that ...": a whole sentence with the name before it.
 MEANINGS: dict[str, str] = {

@@ -212,7 +212,7 @@ def show(
 
 @app.command("ls")
 def list_names(debug: Debug = False) -> None:
-    """List what a recipe can name: built-in recipes, terms, conflict rules, teachers, suites."""
+    """List what a recipe can name: built-in recipes, terms, penalties, conflict rules, teachers, suites."""
     with errors_explained(debug):
         from hf_clmul.cli_tables import tables
 
@@ -327,7 +327,7 @@ def scan(
         for finding in found:
             say(str(finding))
         if not any(finding.wrong for finding in found):
-            say(f"{run_folder}: nothing is left of erased examples that should not be")
+            say(f"{run_folder}: nothing was found that should not be there")
             return
         raise typer.Exit(1)
 

@@ -9,23 +9,27 @@ from hf_clmul.evaluation import SUITES
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import TEACHERS
 from hf_clmul.objectives import TERMS
+from hf_clmul.objectives.penalties import PENALTIES
 from hf_clmul.recipe_checks import TERM_TABLES
 from hf_clmul.recipe_sources import builtin_names
 
-_ROLES = {"forget": "forget terms", "retain": "retain terms", "learn": "learning terms"}
+_ROLES = {"forget": "forget terms", "retain": "retain terms", "learn": "learning terms", "memory": "memory terms"}
 NO_PAPER = "-"
 
 
 def tables() -> Iterator[Table]:
-    """Recipes, terms by role, conflict rules, teachers, suites."""
+    """Recipes, terms by role, penalties, conflict rules, teachers, suites."""
     files = builtin_names().items()
     recipes = ((name, _first_comment(file.read_text(encoding="utf-8")), NO_PAPER) for name, file in files)
     yield _table("recipes", recipes)
-    for key, role in sorted(TERM_TABLES.items(), key=lambda item: list(_ROLES).index(item[1])):
+    for role, title in _ROLES.items():
+        places = ", ".join(".".join(map(str, key)) for key, found in TERM_TABLES.items() if found == role)
         fitting = ((name, term.summary, term.paper) for name, term in TERMS.items() if role in term.roles)
-        yield _table(f"{_ROLES[role]} ({'.'.join(map(str, key))})", fitting)
+        yield _table(f"{title} ({places})", fitting)
+    penalties = ((name, penalty.summary, penalty.paper) for name, penalty in PENALTIES.items())
+    yield _table("penalties (learning.penalties)", penalties)
     rules = ((name, rule.summary, rule.paper) for name, rule in CONFLICT_RULES.items())
-    yield _table("conflict rules (unlearning.conflict)", rules)
+    yield _table("conflict rules (learning.conflict, unlearning.conflict)", rules)
     yield _table("teachers (teacher)", ((name, summary, NO_PAPER) for name, summary in TEACHERS.items()))
     yield _table("suites (evaluation.suites)", ((name, summary, NO_PAPER) for name, summary in SUITES.items()))
 

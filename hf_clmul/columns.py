@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from hf_clmul.claims import EXACT
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import Example, content, load_examples, shown
 from hf_clmul.errors import RecipeError
@@ -46,7 +47,7 @@ class Evaluated:
         return [self.rows, self.groups, {column.name: self.texts(column) for column in self.columns}]
 
     def group(self, text: str) -> str:
-        """The first group that the example is in, or "tasks": one that was forgotten and learned again is in none."""
+        """The first group that the example is in, or "tasks" where it is in none."""
         return next((name for name, texts in self._sets.items() if text in texts), "tasks")
 
     def key(self, text: str) -> str:
@@ -62,21 +63,36 @@ class Evaluated:
 
 
 def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Example]]) -> Evaluated:
-    """Forget groups and columns whole; of the others fixed examples, the same for every seed. `whole` comes from `groups`."""
-    size = recipe.evaluation.max_examples
-    kept = {content(row) for row in whole.get("retain", [])}
-    cut = [
-        column if column.forgotten else replace(column, rows=fixed_sample(column.rows, size, derived_seed("retain")))
-        for column in columns(steps)
-    ]
-    held_out = fixed_sample(whole.get("held_out", []), size, derived_seed("held_out"))
-    retain = {content(row): row for column in cut for row in column.rows if content(row) in kept}
-    forget = {content(row): row for row in whole.get("forget", [])}
-    groups = {"forget": forget, "retain": retain, "held_out": {content(row): row for row in held_out}}
-    rows = {text: row for column in cut for text, row in ((content(row), row) for row in column.rows)}
+    """What is measured of `groups` (`whole`): of what is forgotten `max_forgotten` examples, all by default; of everything
+    else `max_examples`; always the same ones, for every seed.
+
+    An exact deletion needs no measuring to be believed: its rows are in the forget group only where nothing else is, and
+    count as everything else does.
+    """
+    size, most = recipe.evaluation.max_examples, recipe.evaluation.max_forgotten
+    proved = {content(row) for step in steps if step.how in EXACT for row in step.roles["forget"]}
+    forgotten = whole.get("forget", [])
+    measured = [row for row in forgotten if content(row) not in proved]
+    forget = _sample(measured, most, "forget") if measured else _sample(forgotten, size, "retain")
+    kept, chosen = {content(row) for row in whole.get("retain", [])}, {content(row) for row in forget}
+    cut = []
+    for column in columns(steps):
+        rows = [row for row in column.rows if content(row) in chosen] if column.forgotten and measured else []
+        cut.append(replace(column, rows=rows or _sample(column.rows, size, "retain")))
+    held_out = _sample(whole.get("held_out", []), size, "held_out")
+    retain = [row for column in cut for row in column.rows if content(row) in kept]
+    groups = {
+        name: {content(row): row for row in rows}
+        for name, rows in (("forget", forget), ("retain", retain), ("held_out", held_out))
+    }
+    rows = {content(row): row for column in cut for row in column.rows}
     rows |= {text: row for group in groups.values() for text, row in group.items()}
     task_of = {content(row): column.task for column in cut for row in column.rows}
     return Evaluated(rows, task_of, {name: list(group) for name, group in groups.items() if group}, cut)
+
+
+def _sample(rows: Sequence[Example], size: int | None, purpose: str) -> list[Example]:
+    return list(rows) if size is None else fixed_sample(rows, size, derived_seed(purpose))
 
 
 def columns(steps: Sequence[Step]) -> list[Column]:

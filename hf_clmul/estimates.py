@@ -34,12 +34,11 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
         model, tokenizer = make(recipe.model.scratch, texts, 0)
     else:
         model, tokenizer = load_architecture(recipe.model)
-    if recipe.adapter is not None:
-        model = adapters.attach_task(model, recipe.adapter, "any", 0)  # `trainable` may name it
     lengths: dict[tuple[int, int | None], int] = {}
     entries = []
     for step in steps:
         jobs = [_job(recipe, step, job, tokenizer, lengths) for job in step.jobs]
+        model = _stand_in(recipe, step, model)
         shown = {} if not step.jobs else _size(recipe, step, step.jobs[0], model)
         entries.append({
             "request": step.name, "examples": {role: len(rows) for role, rows in step.roles.items()},
@@ -49,6 +48,14 @@ def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> lis
             **{"trainable_parameters": 0, "memory_bytes": None, **shown},
         })  # fmt: skip
     return entries
+
+
+def _stand_in(recipe: Recipe, step: Step, model: Any) -> Any:
+    """What a request trains. Only a pattern may name the adapter: all else is worked out on one for all."""
+    if recipe.adapter is None or not step.jobs:
+        return model
+    section = recipe.learning if "learn" in step.jobs[0].roles else recipe.unlearning
+    return adapters.stand_in(model, recipe.adapter, "any" if section.trainable is None else step.jobs[0].adapter)
 
 
 def _instead(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any] | None:

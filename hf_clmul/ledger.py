@@ -1,5 +1,5 @@
-"""The ledger: an append-only, hash-chained record of what data and requests made what artefact. It knows lines and hashes;
-what an event means is its writer's business (see `ledger_records`)."""
+"""The ledger: an append-only, hash-chained record of what data and requests made what artefact. It knows lines and
+hashes; what an event means is its writer's business (see `ledger_records`)."""
 
 import json
 import os
@@ -23,8 +23,8 @@ Head = dict[str, Any]
 
 
 def append(path: Path, event: str, **details: Any) -> dict[str, Any]:
-    """Adds one event and returns it as `verify` would give it: a JSON line that ends with the hash of all bytes before it, the
-    hash of the line before among them. A half-written last line (a kill) is cut off. Reads the last line only.
+    """Adds one event and returns it as `verify` would give it: a JSON line that ends with the hash of all bytes before
+    it, the hash of the line before among them. A half-written last line (a kill) is cut off. Reads the last line only.
 
     Raises RunError if the last line is broken, or the disk is full; ValueError for a detail with a name from CHAIN.
     """
@@ -44,13 +44,12 @@ def append(path: Path, event: str, **details: Any) -> dict[str, Any]:
             file.write(line[:-1] + b', "hash": "' + _hash(line).encode() + b'"}\n')
             file.flush()
             os.fsync(file.fileno())
-    del record["previous"]
-    return json.loads(json.dumps(record))
+    return {key: value for key, value in json.loads(line).items() if key != "previous"}
 
 
 def head(path: Path) -> Head:
-    """Number of events and hash of the last one; reads the last line only. Kept elsewhere, it shows later whether lines were
-    cut off the end (`verify`). Raises RunError if the last line is broken."""
+    """Number of events and hash of the last one; reads the last line only. Kept elsewhere, it shows later whether lines
+    were cut off the end (`verify`). Raises RunError if the last line is broken."""
     if not path.exists():
         return {"events": 0, "hash": START}
     with open(path, "rb") as file:
@@ -59,10 +58,11 @@ def head(path: Path) -> Head:
 
 
 def verify(path: Path, head: Head | None = None) -> list[dict[str, Any]]:
-    """All events, without their hashes. Raises RunError naming the first line that was changed, removed, put in or moved.
+    """All events, without their hashes. Raises RunError naming the first line that was changed, removed, put in or
+    moved.
 
-    Lines removed from the end leave a whole, shorter chain: they are missed only if an earlier `head` is given, which may be
-    older than the file. A half-written last line, as a kill leaves it, is not looked at.
+    Lines removed from the end leave a whole, shorter chain: they are missed only if an earlier `head` is given, which
+    may be older than the file. A half-written last line, as a kill leaves it, is not looked at.
     """
     return [{key: record[key] for key in record if key not in ("previous", "hash")} for record in records(path, head)]
 
@@ -88,8 +88,8 @@ def records(path: Path, head: Head | None = None) -> list[dict[str, Any]]:
 def _check_head(path: Path, found: list[dict[str, Any]], head: Head) -> None:
     if len(found) < head["events"]:
         raise RunError(
-            f"{path}: the ledger ends after {_events(len(found))}, but had {_events(head['events'])} before: lines were cut "
-            "off its end. Put the file back as it was, or run the recipe into another folder with --output."
+            f"{path}: the ledger ends after {_events(len(found))}, but had {_events(head['events'])} before: lines "
+            "were cut off its end. Put the file back as it was, or run the recipe into another folder with --output."
         )
     if head["events"] and found[head["events"] - 1]["hash"] != head["hash"]:
         raise _broken(path, head["events"])
@@ -100,7 +100,8 @@ def _events(number: int) -> str:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record that a line holds, if its own hash is right: one over bytes, so that no change is too small to be seen."""
+    """The record that a line holds, if its own hash is right: one over bytes, so that no change is too small to be
+    seen."""
     seal = _SEAL.fullmatch(line)
     if seal is None or _hash(line[: seal.start(1)] + b"}") != seal[2].decode():
         return None

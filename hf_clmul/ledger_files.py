@@ -16,7 +16,8 @@ LEDGER = "ledger.jsonl"
 
 
 def find_run(run: Path | None) -> Path:
-    """The run folder that a user means: the one named, else this folder, else the only one in runs/. Raises RunError."""
+    """The run folder that a user means: the one named, else this folder, else the only one in runs/. Raises
+    RunError."""
     if run is not None:
         return run
     if Path(LEDGER).is_file():

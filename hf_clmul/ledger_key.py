@@ -1,5 +1,5 @@
-"""The ledger's key: it turns examples into hashes that nobody can reverse or guess without it, and signs receipts. Whoever
-destroys it makes the ledger anonymous. It knows bytes and files, nothing of events."""
+"""The ledger's key: it turns examples into hashes that nobody can reverse or guess without it, and signs receipts.
+Whoever destroys it makes the ledger anonymous. It knows bytes and files, nothing of events."""
 
 import hmac
 import os
@@ -35,8 +35,8 @@ def read_key(ledger: Path) -> bytes | None:
 
 
 def make_key(ledger: Path) -> bytes:
-    """The key beside a ledger, made if there is none: 32 random bytes that only the owner may read. Written whole or not at
-    all, and never over another."""
+    """The key beside a ledger, made if there is none: 32 random bytes that only the owner may read. Written whole or
+    not at all, and never over another."""
     path = key_path(ledger)
     aside = path.with_name(
         f".{KEY}.{secrets.token_hex(4)}.aside"
@@ -68,7 +68,8 @@ def key_id(key: bytes) -> str:
 
 
 def merkle_root(leaves: Iterable[str]) -> str:
-    """Root of the hash tree over hashes (hex) in their order, in hex: RFC 6962, section 2.1, leaves and nodes told apart."""
+    """Root of the hash tree over hashes (hex) in their order, in hex: RFC 6962, section 2.1, leaves and nodes told
+    apart."""
     row = [sha256(b"\0" + bytes.fromhex(leaf)).digest() for leaf in leaves]
     if not row:
         return sha256(b"").hexdigest()

@@ -1,6 +1,6 @@
 """Which artefacts descend from erased examples, read from the events of a ledger alone. It looks at no file."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_clmul.ledger_records import DATA, Event, tombstones
@@ -8,8 +8,8 @@ from hf_clmul.ledger_records import DATA, Event, tombstones
 
 @dataclass(frozen=True)
 class Descendant:
-    """An artefact that was made, directly or not, from `rows` (how many) that the unlearn request `request` erased. `after`:
-    it was made when the erasure had begun, so by the unlearning itself or later."""
+    """An artefact that was made, directly or not, from `rows` (how many) that the unlearn request `request` erased.
+    `after`: it was made when the erasure had begun, so by the unlearning itself or later."""
 
     artefact: str
     kind: str
@@ -19,67 +19,89 @@ class Descendant:
     after: bool
 
 
+@dataclass(frozen=True)
+class _Made:
+    """The newest record of an artefact: its place in the ledger, and which examples of interest it descends from."""
+
+    at: int
+    kind: str
+    rows: frozenset[str]
+
+
 def descendants(events: Sequence[Event]) -> list[Descendant]:
     """Descendants of tombstoned examples, by the newest record of each artefact.
 
-    Of an artefact's parents, `data/TASK` gives the task's examples as recorded last, without those whose erasure had begun;
-    another artefact gives all that it descends from itself.
+    Of an artefact's parents, `data/TASK` gives the task's examples as recorded last, without those whose erasure had
+    begun; another artefact gives all that it descends from itself.
     """
     stones = tombstones(events)
-    erasures = {i: _began(events, i) for i, event in enumerate(events) if event["event"] == "erased"}
-    ever = {example for i in erasures for example in events[i]["examples"]}
-    starts: dict[int, list[int]] = {}
-    for erased, began in erasures.items():
-        starts.setdefault(began, []).append(erased)
-    gone: dict[str, str] = {}
-    began_at: dict[str, int] = {}
-    claims: dict[str, str] = {}
-    made: dict[str, tuple[int, str, frozenset[str]]] = {}
-    tasks: dict[str, frozenset[str]] = {}
+    began, claims = {}, {}
     for i, event in enumerate(events):
-        for erased in starts.get(i, []):
-            record = events[erased]
-            gone |= dict.fromkeys(record["examples"], record["request"])
-            began_at |= dict.fromkeys(record["examples"], i)
-            claims[record["request"]] = record["claim"]
-        match event["event"]:
-            case "lifted":
-                gone = {example: name for example, name in gone.items() if name != event["tombstone"]}
-            case "data":
-                tasks[DATA + event["task"]] = frozenset(event["examples"]) & ever
-            case "derived":
-                rows = _rows_of(event["parents"], tasks, gone, made)
-                made[event["artefact"]] = (i, event["kind"], rows)
+        if event["event"] == "erased":
+            began |= dict.fromkeys(event["examples"], _began(events, event["name"], i))
+            claims[event["request"]] = event["claim"]
     found = []
-    for artefact, (i, kind, rows) in made.items():
+    for artefact, made in _made(events, stones.keys()).items():
         by_request: dict[str, list[str]] = {}
-        for example in rows & stones.keys():
+        for example in made.rows:
             by_request.setdefault(stones[example], []).append(example)
         for request, examples in sorted(by_request.items()):
-            after = all(i > began_at[example] for example in examples)
-            found.append(Descendant(artefact, kind, request, claims[request], len(examples), after))
+            after = all(made.at > began[example] for example in examples)
+            found.append(Descendant(artefact, made.kind, request, claims[request], len(examples), after))
     return found
+
+
+def closure(events: Sequence[Event], examples: Collection[str], name: str) -> list[str]:
+    """Artefacts that descend from some of `examples` (keyed hashes), as it was when the unlearn request `name` (its
+    folder) began, or as it is now: what an erasure of them has to delete or to make again. Sorted; the same after a
+    kill."""
+    before = events[: _began(events, name, len(events))]
+    return sorted(artefact for artefact, made in _made(before, examples).items() if made.rows)
+
+
+def _made(events: Sequence[Event], examples: Collection[str]) -> dict[str, _Made]:
+    """Artefacts, with which of `examples` they descend from."""
+    wanted = frozenset(examples)
+    starts: dict[int, list[Event]] = {}
+    for i, event in enumerate(events):
+        if event["event"] == "erased":
+            starts.setdefault(_began(events, event["name"], i), []).append(event)
+    gone: dict[str, str] = {}
+    tasks: dict[str, frozenset[str]] = {}
+    made: dict[str, _Made] = {}
+    for i, event in enumerate(events):
+        for erased in starts.get(i, []):
+            gone |= dict.fromkeys(erased["examples"], erased["request"])
+        match event["event"]:
+            case "lifted":
+                gone = {example: request for example, request in gone.items() if request != event["tombstone"]}
+            case "data":
+                tasks[DATA + event["task"]] = wanted.intersection(event["examples"])
+            case "derived":
+                made[event["artefact"]] = _Made(i, event["kind"], _rows_of(event["parents"], tasks, gone, made))
+    return made
 
 
 def _rows_of(
     parents: Iterable[str],
     tasks: dict[str, frozenset[str]],
     gone: dict[str, str],
-    made: dict[str, tuple[int, str, frozenset[str]]],
+    made: dict[str, _Made],
 ) -> frozenset[str]:
     rows: frozenset[str] = frozenset()
     for parent in parents:
         if parent in tasks:
             rows |= tasks[parent] - gone.keys()
         elif parent in made:
-            rows |= made[parent][2]
+            rows |= made[parent].rows
     return rows
 
 
-def _began(events: Sequence[Event], erased: int) -> int:
-    """Where the erasure began: at its first `request` event since it was last carried out; a kill may have come between."""
-    name, began = events[erased]["name"], erased
-    for i in range(erased - 1, -1, -1):
+def _began(events: Sequence[Event], name: str, end: int) -> int:
+    """Where an erasure began: at the request's first `request` event since it was last carried out, before `end`; a
+    kill may have come between, and a second event."""
+    began = end
+    for i in range(end - 1, -1, -1):
         if events[i].get("name") != name:
             continue
         if events[i]["event"] == "erased":

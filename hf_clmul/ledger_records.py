@@ -1,5 +1,5 @@
-"""What the events of a ledger hold: base, data, training, derived artefacts, requests and erasures, and the tombstones that
-remain. Plain data in, plain data out: `ledger.append(path, EVENT, **RECORD)` writes it."""
+"""What the events of a ledger hold: base, data, training, derived artefacts, requests and erasures, and the tombstones
+that remain. Plain data in, plain data out: `ledger.append(path, EVENT, **RECORD)` writes it."""
 
 import getpass
 import os
@@ -33,17 +33,17 @@ Rows = Mapping[str, str]
 
 
 def open_key(ledger: Path, events: Iterable[Event]) -> bytes:
-    """The key to go on writing with; made at a ledger's beginning. Raises RunError if the ledger was begun with a key that is
-    gone or another one: what was erased could not be recognised, and would come back."""
+    """The key to go on writing with; made at a ledger's beginning. Raises RunError if the ledger was begun with a key
+    that is gone or another one: what was erased could not be recognised, and would come back."""
     names = [event["key"] for event in events if event.get("key") is not None]
     if not names:
         return make_key(ledger)
     key = read_key(ledger)
     if key is None:
         raise RunError(
-            f"{key_path(ledger)} is gone, so the ledger is anonymous: which examples were erased can no longer be known, and "
-            "nothing more can be learned or unlearned here. The finished model stays as it is; run the recipe into another "
-            "folder with --output."
+            f"{key_path(ledger)} is gone, so the ledger is anonymous: which examples were erased can no longer be "
+            "known, and nothing more can be learned or unlearned here. The finished model stays as it is; run the recipe "
+            "into another folder with --output."
         )
     if key_id(key) != names[-1]:
         raise RunError(
@@ -90,8 +90,8 @@ def data_record(
 ) -> dict[str, Any]:
     """Event `data`: what a task is about to learn, as hashes that need the key. `columns` is what `columns_of` found.
 
-    `examples`, `ids` and `subjects` [n] go together; `merkle_root` is over `examples`, sorted, so that the order of a file
-    changes nothing.
+    `examples`, `ids` and `subjects` [n] go together; `merkle_root` is over `examples`, sorted, so that the order of a
+    file changes nothing.
     """
     hashed = _hashed(key, rows)
     found = columns or {}
@@ -134,8 +134,8 @@ def request_record(
     examples: Mapping[str, str],
     plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Event `request`: one is being carried out, or goes on. `name` is its folder, `examples` {role: digest}, `plan` what it
-    is about to do ("claim", "why", "closure", seed, terms ...)."""
+    """Event `request`: one is being carried out, or goes on. `name` is its folder, `examples` {role: digest}, `plan`
+    what it is about to do ("claim", "why", "closure", seed, terms ...)."""
     return {
         "name": name,
         "kind": kind,
@@ -161,8 +161,8 @@ def finished_record(
     replayed: Sequence[str] = (),
     recipe_sha256: str | None = None,
 ) -> dict[str, Any]:
-    """Event `finished`: a request was trained. `init` is how its adapter began, `replayed` the keyed hashes of memory rows
-    that took part. What it left behind are `derived` events of their own."""
+    """Event `finished`: a request was trained. `init` is how its adapter began, `replayed` the keyed hashes of memory
+    rows that took part. What it left behind are `derived` events of their own."""
     return {
         "name": name,
         "weights_sha256": weights_sha256,
@@ -181,10 +181,12 @@ def finished_record(
 def derived_record(
     artefact: str, kind: str, sha256: str | Mapping[str, str] | None, parents: Sequence[str], request: str | None = None
 ) -> dict[str, Any]:
-    """Event `derived`: an artefact was made. `artefact` is its path below the run folder (a file or a folder), `parents` are
-    artefacts too, or `data/TASK`; `sha256` of the file, or {file: hash} of a folder; `request` the folder of the request.
+    """Event `derived`: an artefact was made. `artefact` is its path below the run folder (a file or a folder),
+    `parents` are artefacts too, or `data/TASK`; `sha256` of the file, or {file: hash} of a folder; `request` the folder
+    of the request.
 
-    Made again at the same path, it is written again: the newest record of a path counts. Raises ValueError for another kind.
+    Made again at the same path, it is written again: the newest record of a path counts. Raises ValueError for another
+    kind.
     """
     if kind not in KINDS:
         raise ValueError(f"an artefact is one of {', '.join(KINDS)}, not {kind!r}")
@@ -211,10 +213,10 @@ def erased_record(
 ) -> dict[str, Any]:
     """Event `erased`: an unlearn request is done, and its examples are tombstones from now on.
 
-    `name` is the request's folder, `request` its name in the recipe; `closure` the artefacts that descended from the rows;
-    `deleted`, `rebuilt` and `surviving` are {file below the run folder: SHA-256}, as they were when deleted, and as they are
-    now. Raises ValueError for another claim, for an exact one with a changed base, and for a file that is said to be both
-    deleted and surviving.
+    `name` is the request's folder, `request` its name in the recipe; `closure` the artefacts that descended from the
+    rows; `deleted`, `rebuilt` and `surviving` are {file below the run folder: SHA-256}, as they were when deleted, and
+    as they are now. Raises ValueError for another claim, for an exact one with a changed base, and for a file that is
+    said to be both deleted and surviving.
     """
     if claim not in CLAIMS:
         raise ValueError(f"a claim is one of {', '.join(CLAIMS)}, not {claim!r}")
@@ -230,6 +232,7 @@ def erased_record(
         "task": task,
         "claim": claim,
         "count": len(hashed),
+        "merkle_root": merkle_root(example for example, _, _ in hashed),
         "examples": [example for example, _, _ in hashed],
         "ids": [identity for _, identity, _ in hashed],
         "closure": list(closure),
@@ -278,28 +281,29 @@ def tombstones(events: Iterable[Event]) -> dict[str, str]:
 
 
 def refused(rows: Rows, tombstones: Mapping[str, str], key: bytes | None) -> dict[str, str]:
-    """{example id: unlearn request that erased it}, of those rows that must not be used. Raises RunError where that cannot be
-    known: there are tombstones, and no key."""
+    """{example id: unlearn request that erased it}, of those rows that must not be used. Raises RunError where that
+    cannot be known: there are tombstones, and no key."""
     if not tombstones:
         return {}
     if key is None:
         raise RunError(
-            f"{len(tombstones)} examples were erased in this run folder, and {KEY} is gone: nobody can tell any more which "
-            "they are. Run the recipe into another folder with --output."
+            f"{len(tombstones)} examples were erased in this run folder, and {KEY} is gone: nobody can tell any more "
+            "which they are. Run the recipe into another folder with --output."
         )
     hashes = {name: keyed(key, text) for name, text in rows.items()}
     return {name: tombstones[hashed] for name, hashed in hashes.items() if hashed in tombstones}
 
 
 def check_refused(rows: Rows, tombstones: Mapping[str, str], key: bytes | None, where: str) -> None:
-    """Raises RecipeError if one of the rows was erased. `where` is the key in the recipe, such as `requests.3.learn`."""
+    """Raises RecipeError if one of the rows was erased. `where` is the key in the recipe, such as
+    `requests.3.learn`."""
     found = refused(rows, tombstones, key)
     if found:
         names = sorted(set(found.values()))
         raise RecipeError(
-            f"{where}: {len(found)} of the {len(rows)} examples were erased by {' and '.join(map(repr, names))}, such as "
-            f"{next(iter(found))!r}. Erased examples do not come back by themselves: leave them out (`exclude` in the data "
-            f"section), or say `lifts: [{', '.join(names)}]` in the request to learn them again."
+            f"{where}: {len(found)} of the {len(rows)} examples were erased by {' and '.join(map(repr, names))}, "
+            f"such as {next(iter(found))!r}. Erased examples do not come back by themselves: leave them out (`exclude` in "
+            f"the data section), or say `lifts: [{', '.join(names)}]` in the request to learn them again."
         )
 
 

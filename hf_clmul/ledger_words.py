@@ -35,9 +35,12 @@ def event_rows(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str, st
 def _what(event: dict[str, Any]) -> str:
     match event["event"]:
         case "run":
-            return f"{len(event['requests'])} requests, {event['processes']} process(es), recipe {_short(event['recipe_sha256'])}"
+            requests, processes = len(event["requests"]), event["processes"]
+            spread = f" on {processes} processes" if processes > 1 else ""
+            return f"{requests} request{'s' * (requests != 1)}{spread}, recipe {_short(event['recipe_sha256'])}"
         case "data":
-            return f"{event['task']}: {event['count']} examples of {event['source']}, Merkle root {_short(event['merkle_root'])}"
+            root = _short(event["merkle_root"])
+            return f"{event['task']}: {event['count']} examples of {event['source']}, Merkle root {root}"
         case "request":
             return event["name"] + (", resumed" if event["resumed"] else "")
         case "finished":
@@ -47,7 +50,8 @@ def _what(event: dict[str, Any]) -> str:
             parents = ", ".join(event["parents"]) or "nothing"
             return f"{event['artefact']} ({event['kind']}), from {parents}"
         case "erased":
-            return f"{event['request']}: {event['count']} examples, {event['claim']}, {len(event['deleted'])} files deleted"
+            deleted = len(event["deleted"])
+            return f"{event['request']}: {event['count']} examples, {event['claim']}, {deleted} files deleted"
         case "lifted":
             return f"{event['tombstone']}, by {event['by']}"
         case "exported":

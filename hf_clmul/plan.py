@@ -122,6 +122,8 @@ class _Stream:
     def learn(self, i: int, request: Learn) -> None:
         rows = load_examples(self.recipe.data[request.data], request.data)
         rows = select(rows, request.where, f"requests.{i}.learn.where")
+        if not rows:  # each value is there, and no row has all of them
+            raise RecipeError(f"requests.{i}.learn: the learn set is empty: nothing of {request.data!r} is selected.")
         self._check_tombstones(rows, request, i)
         self.gone = {text: name for text, name in self.gone.items() if name not in request.lifts}
         label = self._label(f"learn-{request.task}")
@@ -141,6 +143,10 @@ class _Stream:
     def unlearn(self, i: int, request: Unlearn) -> None:
         task = self.tasks.get(request.from_task)
         forget = self._to_forget(i, request, task)
+        if not forget:
+            raise RecipeError(
+                f"requests.{i}.unlearn: the forget set is empty: nothing of {request.from_task!r} is selected."
+            )
         name, label = f"{i:02d}-unlearn-{request.name}", self._label(f"unlearn-{request.name}")
         if task is not None and task.isolated:
             self._check_isolated(request, i, forget)

@@ -1,5 +1,5 @@
-"""The record of one erasure that a person can hand over: a page of plain text, from the ledger and the run's results, signed
-with the ledger's key. It claims what the ledger claims, and nothing more."""
+"""The record of one erasure that a person can hand over: a page of plain text, from the ledger and the run's results,
+signed with the ledger's key. It claims what the ledger claims, and nothing more."""
 
 import hmac
 import re
@@ -22,6 +22,7 @@ _SIGNED = re.compile(
     rf"HMAC-SHA256 of all above, with the ledger's key: (?P<hmac>[0-9a-f]{{64}}|{re.escape(NO_KEY)})\n",
     re.DOTALL,
 )
+LISTED = 40  # examples
 _TITLES = {APPROXIMATE: "Record of an approximate erasure", FILTER: "Record of a filter: nothing was erased"}
 _OTHER_TITLE = "Record of an erasure"
 
@@ -69,7 +70,8 @@ def read(path: Path) -> str:
 
 
 def check(root: Path, text: str) -> Check:
-    """Compares a receipt with itself, with the key, and with the ledger that it says it is from; a longer ledger will do.
+    """Compares a receipt with itself, with the key, and with the ledger that it says it is from; a longer ledger will
+    do.
 
     Raises RunError for a folder that is no run, and a broken ledger.
     """
@@ -103,7 +105,8 @@ def check(root: Path, text: str) -> Check:
 
 
 def _as_written(records: Sequence[Record], content: str) -> Record | None:
-    """The erasure that a page is of, if the ledger, as long as it was when the page was written, still gives this page."""
+    """The erasure that a page is of, if the ledger, as long as it was when the page was written, still gives this
+    page."""
     length = re.search(r"^- events then: (\d+)$", content, re.MULTILINE)
     place = re.search(r"^- event: (\d+)$", content, re.MULTILINE)
     if length is None or place is None:
@@ -153,8 +156,8 @@ def _page(records: Sequence[Record], erased: Record) -> str:
     ]
     if lifted:
         lines += [
-            f"LIFTED: on {lifted[0]['time']} the request {lifted[0]['by']} lifted this. From then on the examples may have "
-            "been learned again.",
+            f"LIFTED: on {lifted[0]['time']} the request {lifted[0]['by']} lifted this. From then on the examples "
+            "may have been learned again.",
             "",
         ]
     lines += [
@@ -162,7 +165,7 @@ def _page(records: Sequence[Record], erased: Record) -> str:
         "",
         "Each is shown by a keyed hash, from which nobody can find the text without the key of this ledger.",
         "",
-        *_items(erased["examples"]),
+        *_examples(erased),
         "## What had been made from them",
         "",
         *_items(erased["closure"]),
@@ -187,6 +190,14 @@ def _page(records: Sequence[Record], erased: Record) -> str:
         *_circumstances(records, erased),
     ]
     return "\n".join(lines)
+
+
+def _examples(erased: Record) -> list[str]:
+    """All hashes while they fit on a page; the Merkle root stands for any number."""
+    root = f"- Merkle root of the sorted hashes: {erased['merkle_root']}"
+    if erased["count"] > LISTED:
+        return [root, f"- the hashes: in event {erased['n']} of the ledger", ""]
+    return [root, *_items(erased["examples"])]
 
 
 def _items(values: Sequence[str]) -> list[str]:
@@ -218,8 +229,8 @@ def _measured(root: Path, erased: Record) -> list[str]:
     stages = (read_results(root) or {}).get("stages") or []
     at = next((i for i, stage in enumerate(stages) if stage["stage"] == erased["name"]), None)
     if not at:  # the first stage is the base model
-        return [f"\n{MEASURED}\n", "Nothing: the run's results do not hold this request.", ""]
-    lines = [f"\n{MEASURED}\n", "| examples | metric | before | after |", "|---|---|---|---|"]
+        return [MEASURED, "", "Nothing: the run's results do not hold this request.", ""]
+    lines = [MEASURED, "", "| examples | metric | before | after |", "|---|---|---|---|"]
     for part in ("groups", "tasks"):
         before, after = ((stages[i].get(part) or {}) for i in (at - 1, at))
         for group, found in after.items():

@@ -10,6 +10,7 @@ from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_paramete
 from hf_clmul.models import FAMILIES
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.objectives.active import odd_company
+from hf_clmul.objectives.penalties import PENALTIES, penalty_parameters
 from hf_clmul.recipe_problems import Key, Problems, one_of, shown, suggestion, value_problem
 from hf_clmul.recipe_schema import Weight
 from hf_clmul.recipe_streams import check_name, check_requests, check_teacher, check_where
@@ -49,6 +50,7 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     replays = {("requests", i, "learn", "memory"): "memory" for i, kind in requests(tree) if kind == "learn"}
     for table, role in {**TERM_TABLES, **replays}.items():
         _check_terms(tree, table, role, problems)
+    _check_penalties(tree, problems)
     _check_edit(tree, problems)
     _check_lookahead(tree, problems)
     _check_single_role(tree, problems)
@@ -181,10 +183,8 @@ def _check_data(tree: Tree, key: Key, problems: Problems) -> None:
 
 def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
     fitting = [name for name, term in TERMS.items() if role in term.roles]
-    if tree.get(*table) == {} and role not in (
-        "retain",
-        "memory",
-    ):  # to forget without retaining, and to learn without replay, are baselines
+    optional = role in ("retain", "memory")  # to forget without retaining, and to learn without replay, are baselines
+    if tree.get(*table) == {} and not optional:
         problems.at(tree, table, "names no term", one_of(fitting))
     if problem := odd_company([name for name in tree.section(*table) if name in fitting]):
         problems.at(tree, table, problem)
@@ -197,13 +197,30 @@ def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
             what = f"is a term for {' and '.join(TERMS[name].roles)} and not for {role}"
             problems.at(tree, key, what, one_of(fitting), f"'{name}'")
         elif isinstance(given, dict):
-            _check_parameters(tree, key, name, given, problems)
+            _check_parameters(tree, key, _term_types(name), given, problems)
 
 
-def _check_parameters(tree: Tree, key: Key, term: str, given: dict[str, Any], problems: Problems) -> None:
+def _check_penalties(tree: Tree, problems: Problems) -> None:
+    table: Key = ("learning", "penalties")
+    for name, given in tree.section(*table).items():
+        if name not in PENALTIES:
+            hint = suggestion(name, PENALTIES)
+            problems.at(tree, (*table, name), "unknown penalty", one_of(PENALTIES), f"'{name}'", hint)
+            continue
+        if isinstance(given, dict):
+            types = {parameter: annotation for parameter, (annotation, _) in penalty_parameters(name).items()}
+            _check_parameters(tree, (*table, name), {**types, "weight": Weight}, given, problems)
+        if PENALTIES[name].of_adapters and tree.get("adapter") is None:
+            what = "acts on the factors of an adapter, and there is none"
+            problems.at(tree, (*table, name), what, hint="add an `adapter` section, or take ewc")
+
+
+def _term_types(term: str) -> dict[str, Any]:
     types = {name: annotation for name, (annotation, _) in term_parameters(term).items()}
-    if not TERMS[term].edit:
-        types["weight"] = Weight
+    return types if TERMS[term].edit else {**types, "weight": Weight}
+
+
+def _check_parameters(tree: Tree, key: Key, types: dict[str, Any], given: dict[str, Any], problems: Problems) -> None:
     for name, value in given.items():
         if name not in types:
             hint = suggestion(name, types)

@@ -180,7 +180,8 @@ class Evaluation(Section):
     """What is measured before and after each request."""
 
     suites: list[str] = ["basic"]
-    max_examples: Count = Field(16, description="fixed examples of each group but forget, which is always whole")
+    max_examples: Count = Field(16, description="fixed examples of each task and of held_out")
+    max_forgotten: Count | None = Field(None, description="fixed examples of what is forgotten; all, if left out")
     held_out: str | None = Field(None, description="a name from the section `data`: never trained on")
     forget: str | None = Field(
         None, description="for a reference model, which never learns it: the data that others forget"
@@ -356,4 +357,4 @@ def _home_of(name: str, valid: list[str], key: Key) -> str:
     homes = [
         part for part in sections for c in _sections_in(Recipe.model_fields[part].annotation) if name in _fields(c)
     ]
-    return f"it belongs under `{homes[0]}`" if len(homes) == 1 else ""
+    return f"it belongs under {' or '.join(f'`{home}`' for home in homes)}" if len(homes) in (1, 2) else ""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hf_clmul.models import TEACHERS
+from hf_clmul.objectives import TERMS
 from hf_clmul.recipe_problems import Key, Problems, dotted, one_of, suggestion
 from hf_clmul.recipe_training import requests
 from hf_clmul.recipe_yaml import Tree
@@ -145,11 +146,13 @@ def _check_source(tree: Tree, key: Key, tasks: dict[int, Any], learned: Iterable
 def _check_replay(tree: Tree, problems: Problems) -> None:
     """Terms on the memory need one that holds something."""
     size = tree.get("memory", "size")
-    if isinstance(size, int) and size > 0:
-        return
     tables: list[Key] = [("learning", "memory"), ("unlearning", "memory")]
     tables += [("requests", i, "learn", "memory") for i, kind in requests(tree) if kind == "learn"]
     for table in tables:
-        if tree.section(*table):
+        for name in tree.section(*table):
+            if name in TERMS and "stored" in TERMS[name].needs and tree.get("memory", "top_k") is None:
+                what = "compares with what the model once said of an example, and nothing is kept of that"
+                problems.at(tree, (*table, name), what, hint="add `top_k: 64` to the section `memory`")
+        if tree.section(*table) and not (isinstance(size, int) and size > 0):
             what = "acts on the memory, " + ("whose size is 0" if size == 0 else "and the recipe has none")
             problems.at(tree, table, what, hint="add a section such as `memory: {size: 64}`, or remove these terms")

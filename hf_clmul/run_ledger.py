@@ -87,10 +87,12 @@ class RunLedger:
         if not any(event["event"] == "data" and event["merkle_root"] == record["merkle_root"] for event in events):
             ledger.append(self.path, "data", **record)
 
-    def training(self, step: Step, job: Job, sha256: str, resumed: bool, why: str) -> None:
+    def training(self, step: Step, job: Job | None, sha256: str, resumed: bool, why: str) -> None:
+        """A training begins or goes on; None for a deletion, which needs none."""
+        trains = {} if job is None else {"part": job.part, "adapter": job.adapter, "active": list(job.active)}
         found = request_record(
             name=step.name, kind=step.kind, resumed=resumed, recipe_sha256=sha256, examples=step.digests,
-            plan={"claim": step.how, "why": why, "part": job.part, "adapter": job.adapter, "on": list(job.active[:-1])},
+            plan={"claim": step.how, "why": why, **trains},
         )  # fmt: skip
         ledger.append(self.path, "request", **found)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -67,10 +68,15 @@ class Run:
     encoded: dict[tuple[int, int | None], Encoded] = field(default_factory=dict)
     carried: Carried = field(default_factory=Carried)
     stale: set[str] = field(default_factory=set)
+    versions: dict[str, str] = field(default_factory=dict)  # hash of each adapter, of the whole model under ""
 
     @property
     def main(self) -> bool:
         return self.state.is_main_process
+
+    def has(self, adapter: str) -> bool:
+        """Whether the live model has it."""
+        return isinstance(self.model, PeftModel) and adapters.TASK + adapter in self.model.peft_config
 
     def encode(self, rows: Sequence[Example], request: int, what: str) -> list[Encoded]:
         """Rows with the `max_length` of a request; each is encoded once, however many requests meet it."""
@@ -86,10 +92,11 @@ def prepare(run: Run) -> None:
 
     Raises RecipeError.
     """
-    model = _stand_in(run)
+    model = None
     for step in run.steps:
         for job in step.jobs:
             args = _arguments(run, step, job)
+            model = _stand_in(run, job, args, model)
             rows = encoded(run, step, job)
             if "memory" in rows and run.recipe.memory.top_k is not None:  # it is stored when it has been learned
                 rows["memory"] = [stored.attached(row, stored.blank(row)) for row in rows["memory"]]
@@ -108,14 +115,16 @@ def encoded(run: Run, step: Step, job: Job) -> dict[str, list[Encoded]]:
     return roles
 
 
-def _stand_in(run: Run) -> Any:
-    """What the requests train: the model, or its like with an adapter, without weights. The model itself is measured first
-    and gets its adapters as tasks are learned."""
+def _stand_in(run: Run, job: Job, args: ClmulConfig, before: Any) -> Any:
+    """What a job trains: the model, or its like with an adapter, without weights. The model itself is measured first and gets
+    its adapters as tasks are learned."""
     if run.recipe.adapter is None:
         return run.model
-    with torch.device("meta"):
-        model = type(run.model)(deepcopy(run.model.config))
-    return adapters.attach_task(model, run.recipe.adapter, "any", 0)
+    if before is None:
+        with torch.device("meta"):
+            before = type(run.model)(deepcopy(run.model.config))
+    # Only a pattern may name the adapter: all else is tried on one for all.
+    return adapters.stand_in(before, run.recipe.adapter, "any" if args.trainable is None else job.adapter)
 
 
 def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
@@ -124,10 +133,11 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
     Returns {"seconds", "steps", "weights_sha256"}, or None for a finished request of which some weights are no longer kept: a
     later one replaces them. Raises RunError if training collapses, RecipeError for settings that the trainer cannot honour.
     """
-    present = [adapters.TASK + name for name in step.removed if _has(run.model, adapters.TASK + name)]
+    present = [adapters.TASK + name for name in step.removed if run.has(name)]
     if present:
         run.model = adapters.drop(run.model, present)
     run.stale -= set(step.removed)
+    run.versions = {name: sha256 for name, sha256 in run.versions.items() if name not in step.removed}
     if run.folder.result(step) is None:
         on_main_first(run.state, lambda: _begin(run, step))
         if step.kind == "unlearn" and run.recipe.memory is not None:
@@ -148,6 +158,8 @@ def _begin(run: Run, step: Step) -> None:
     run.ledger.check(step)
     run.folder.start(run.recipe, run.steps, step)
     run.ledger.starting(step)
+    if not step.jobs:
+        run.ledger.training(step, None, run.recipe_sha256, False, why(run.recipe, run.steps, step))
 
 
 def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
@@ -177,15 +189,16 @@ def _bring(run: Run, step: Step, job: Job) -> dict[str, Any] | None:
             run.ledger.saved(step, job)
         run.state.wait_for_everyone()
     run.stale.discard(job.adapter or "")
+    (run.versions[job.adapter or ""],) = broadcast_object_list([trained["weights_sha256"]])
     return trained
 
 
 def _activate(run: Run, job: Job) -> None:
     """The job's adapters and no others, its own trainable; made anew where the job begins with a new one."""
     name, revision = adapters.TASK + job.adapter, run.loaded.options["revision"]
-    if job.fresh and _has(run.model, name):
+    if job.fresh and run.has(job.adapter):
         run.model = adapters.drop(run.model, [name])
-    if not _has(run.model, name):
+    if not run.has(job.adapter):
         seed = derived_seed(run.recipe.seed, job.label, "adapter")
         run.model = adapters.attach_task(run.model, run.recipe.adapter, job.adapter, seed, revision)
     adapters.activate(run.model, [adapters.TASK + each for each in job.active], name)
@@ -208,10 +221,6 @@ def _later(run: Run, step: Step, job: Job) -> list[tuple[Step, Job | None]]:
 
 def _replaced(run: Run, step: Step, job: Job | None) -> bool:
     return run.folder.result(step) is not None or (job is not None and run.folder.trained(step, job) is not None)
-
-
-def _has(model: Any, name: str) -> bool:
-    return isinstance(model, PeftModel) and name in model.peft_config
 
 
 def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:

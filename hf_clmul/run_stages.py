@@ -21,14 +21,15 @@ def measure_stage(run: Run, step: Step | None, stage: dict[str, Any]) -> None:
     """Measures what is not measured yet of a stage; writes the rows, then the record that marks the stage as finished.
 
     What an earlier process measured in the same way is read back: a request that is added to a recipe asks for further
-    examples only.
+    examples only. So is what the stage before measured with the very weights that serve it now: a request that touches one
+    task's adapter has no say in what others answer.
     """
     wanted, before = run.evaluated, run.folder.result(step)
     chosen = digest(wanted.plain())
     again = before is not None and before["measured"] == run.measured
     if again and before["evaluated"] == chosen:
         return
-    rows = _kept(run, step) if again else {}
+    rows = {**_unchanged(run, step), **(_kept(run, step) if again else {})}
     for names, texts in _served(run, step, [text for text in wanted.rows if wanted.key(text) not in rows]).items():
         examples = {"rows": [wanted.rows[text] for text in texts]}
         with adapters.serving(run.model, names) as model:
@@ -42,20 +43,47 @@ def measure_stage(run: Run, step: Step | None, stage: dict[str, Any]) -> None:
         of_groups = {name: [rows[wanted.key(text)] for text in texts] for name, texts in wanted.groups.items()}
         record = {
             **stage, "groups": summary(of_groups, run.recipe.evaluation.samples), "tasks": _columns(wanted, rows),
-            "measured": run.measured, "evaluated": chosen,
+            "adapters": run.versions, "measured": run.measured, "evaluated": chosen,
         }  # fmt: skip
         atomic_write(place / "result.json", json.dumps(record, indent=1) + "\n")
     run.state.wait_for_everyone()
 
 
 def _served(run: Run, step: Step | None, texts: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
-    """The examples by the adapters that answer: of an isolated task its own, else the stack; none before the first task."""
-    stack, own = ((), {}) if step is None else (step.stack, step.own)
+    """The examples by the adapters that answer."""
     found: dict[tuple[str, ...], list[str]] = {}
     for text in texts:
-        names = own.get(run.evaluated.task_of.get(text, ""), stack)
-        found.setdefault(tuple(adapters.TASK + name for name in names), []).append(text)
+        names = tuple(adapters.TASK + name for name in _serves(run, step, text))
+        found.setdefault(names, []).append(text)
     return found
+
+
+def _serves(run: Run, step: Step | None, text: str) -> tuple[str, ...]:
+    """The adapters that answer an example: of an isolated task its own, else the stack; none before the first task."""
+    stack, own = ((), {}) if step is None else (step.stack, step.own)
+    return own.get(run.evaluated.task_of.get(text, ""), stack)
+
+
+def _unchanged(run: Run, step: Step | None) -> dict[str, Row]:
+    """What the stage before measured with the same adapters, the same to the bit."""
+    if step is None:
+        return {}
+    last = run.steps[step.index - 1] if step.index else None
+    before = run.folder.result(last)
+    if before is None or before["measured"] != run.measured:
+        return {}
+    versions, rows = before["adapters"], _kept(run, last)
+    same = {
+        run.evaluated.key(text)
+        for text in run.evaluated.rows
+        if _weights(_serves(run, last, text), versions) == _weights(_serves(run, step, text), run.versions)
+    }
+    return {key: row for key, row in rows.items() if key in same}
+
+
+def _weights(names: Sequence[str], versions: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    """What answers with these adapters; without any it is the whole model, which may be trained itself."""
+    return [(name, versions.get(name)) for name in names or ("",)]
 
 
 def _columns(wanted: Evaluated, rows: Mapping[str, Row]) -> dict[str, Any]:

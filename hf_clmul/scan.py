@@ -1,5 +1,5 @@
-"""Searches a run folder for what still descends from erased examples: artefacts that the ledger names, copies of deleted
-files, and texts. It only reads. It knows where things lie in a run folder; nothing of models."""
+"""Searches a run folder for what still descends from erased examples: artefacts that the ledger names, copies of
+deleted files, and texts. It only reads. It knows where things lie in a run folder; nothing of models."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ _LIVING = ("adapter", "merge", "export", "memory")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a scan. `kind` is leftover, copy, unrecorded, quote, evaluation (all wrong), or approximate, filter, note
-    (said, not wrong); `path` is relative to the run folder, empty for a note on the whole of it."""
+    """One line of a scan. `kind` is leftover, copy, unrecorded, quote, evaluation (all wrong), or approximate, filter,
+    note (said, not wrong); `path` is relative to the run folder, empty for a note on the whole of it."""
 
     kind: str
     path: str
@@ -47,8 +47,8 @@ class Finding:
 
 
 def scan(root: Path, data: Path | None = None) -> list[Finding]:
-    """Everything in a run folder that descends from erased examples. `data` is a file with rows, to know erased texts that are
-    nowhere else. Raises RunError for a folder that is not a run, and for a broken ledger."""
+    """Everything in a run folder that descends from erased examples. `data` is a file with rows, to know erased texts
+    that are nowhere else. Raises RunError for a folder that is not a run, and for a broken ledger."""
     events = read_events(root)
     stones = tombstones(events)
     if not stones:
@@ -76,9 +76,11 @@ def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erase
 
 
 def _artefacts(root: Path, events: Sequence[Event]) -> Iterator[Finding]:
+    kept = {event["request"]: event["surviving"] for event in events if event["event"] == "erased"}
     for found in descendants(events):
         if (root / found.artefact).exists():
-            yield _descendant(found)
+            in_use = any(PurePosixPath(name).is_relative_to(found.artefact) for name in kept[found.request])
+            yield _descendant(found, in_use)
     finished = {event["name"] for event in events if event["event"] == "finished"}
     for path in sorted(root.glob("requests/*/checkpoint-*")):
         if path.parent.name in finished:
@@ -86,11 +88,12 @@ def _artefacts(root: Path, events: Sequence[Event]) -> Iterator[Finding]:
             yield Finding("leftover", _name(root, path), what, "delete it")
 
 
-def _descendant(found: Descendant) -> Finding:
+def _descendant(found: Descendant, in_use: bool) -> Finding:
+    """`in_use`: the erasure left it where it was, such as the adapter of another task that had replayed the examples."""
     of = f"{found.kind} that descends from {_count(found.rows, 'example')} which {found.request!r}"
     if found.claim == FILTER:
         return Finding("filter", found.artefact, f"{of} only filters, as the request says")
-    if found.claim == APPROXIMATE and found.after and found.kind in _LIVING:
+    if found.claim == APPROXIMATE and (found.after or in_use) and found.kind in _LIVING:
         return Finding("approximate", found.artefact, f"{of} unlearned approximately", "see the audit")
     todo = "purge it or delete it" if found.kind == "memory" else "delete it"
     return Finding("leftover", found.artefact, f"{of} erased{'' if found.after else ' later'}", todo)
@@ -142,7 +145,9 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
             continue
         if is_evaluation(name):
             what = f"evaluation records quote {_count(len(hashes))}"
-            yield Finding("evaluation", name, what, "`hf-clmul scan --redact` blanks the texts and keeps the figures")
+            yield Finding(
+                "evaluation", name, what, "`hf-clmul scan RUN --redact` blanks the texts and keeps the figures"
+            )
         elif name.startswith("memory/"):
             yield Finding(
                 "leftover",
@@ -163,7 +168,8 @@ def _unknown(erased: Erased) -> Iterator[Finding]:
 
 
 def without_key(root: Path) -> Finding:
-    what = f"{root / KEY} is gone or another one: the ledger is anonymous, and erased examples cannot be recognised in any file"
+    gone = f"{root / KEY} is gone or another one: the ledger is anonymous"
+    what = f"{gone}, and erased examples cannot be recognised in any file"
     return Finding("note", "", what, "only artefacts that the ledger names were looked for")
 
 

@@ -1,5 +1,5 @@
-"""Blanks the texts of erased examples where evaluation quotes them. Every figure stays; the report is deleted, to be written
-anew without them."""
+"""Blanks the texts of erased examples where evaluation quotes them. Every figure stays; the report is deleted, to be
+written anew without them."""
 
 import json
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ _SHOWN = ("question", "answer", "generated")
 
 
 def redact(root: Path, data: Path | None = None) -> list[str]:
-    """Blanks erased texts in `examples.jsonl`, `result.json` and `results.json` of a run folder, and deletes its report if it
-    shows some; the ledger notes it. Returns the files that changed. `data` as for `scan`.
+    """Blanks erased texts in `examples.jsonl`, `result.json` and `results.json` of a run folder, and deletes its report
+    if it shows some; the ledger notes it. Returns the files that changed. `data` as for `scan`.
 
     Raises RunError for a folder that is no run or is in use, a broken ledger, and without the key.
     """
@@ -62,8 +62,8 @@ def _blanked(content: str, suffix: str, erased: Erased, needles: Needles) -> str
 
 
 def _blank(value: Any, erased: Erased, needles: Needles) -> Any:
-    """The value without the texts of erased rows; what quotes one elsewhere, such as an answer to another question, goes
-    too."""
+    """The value without the texts of erased rows; what quotes one elsewhere, such as an answer to another question,
+    goes too."""
     if isinstance(value, Mapping):
         gone = _SHOWN if erased.match(value) is not None else ()
         return {key: ERASED if key in gone else _blank(inner, erased, needles) for key, inner in value.items()}

@@ -44,8 +44,8 @@ class Erased:
     others: set[Texts] = field(default_factory=set)
 
     def match(self, row: Row) -> str | None:
-        """Hash of the erased example that a row holds: by its texts; or by its id, where they are shown in another form than
-        they were learned in; or as such a form without its id."""
+        """Hash of the erased example that a row holds: by its texts; or by its id, where they are shown in another form
+        than they were learned in; or as such a form without its id."""
         texts = _texts(row)
         if not texts or ERASED in texts:
             return None
@@ -68,7 +68,8 @@ class Erased:
                     self.shown[texts] = hashed
 
     def needles(self) -> Needles:
-        """What to search for. A text that is short, or that a surviving example has too, counts only with the row's others."""
+        """What to search for. A text that is short, or that a surviving example has too, counts only with the row's
+        others."""
         others = {_plain(text) for texts in self.others - self.shown.keys() for text in texts}
         found: Needles = {}
         for texts, hashed in self.shown.items():
@@ -81,7 +82,8 @@ class Erased:
 
 
 def erased_rows(events: Sequence[Event], key: bytes) -> Erased:
-    """What is erased and not lifted; what is only filtered is not. An id that a surviving example has too names nothing."""
+    """What is erased and not lifted; what is only filtered is not. An id that a surviving example has too names
+    nothing."""
     claims = {event["request"]: event["claim"] for event in events if event["event"] == "erased"}
     stones = {example: name for example, name in tombstones(events).items() if claims[name] != FILTER}
     pairs = {
@@ -118,7 +120,8 @@ def readable(path: Path) -> str:
 
 
 def json_values(raw: str, suffix: str) -> list[Any] | None:
-    """What a .json file or the lines of a .jsonl file hold, a broken line as text; None for another file, or a broken one."""
+    """What a .json file or the lines of a .jsonl file hold, a broken line as text; None for another file, or a broken
+    one."""
     try:
         if suffix == ".json":
             return [json.loads(raw)]
@@ -164,8 +167,8 @@ def data_rows(path: Path) -> list[dict[str, Any]]:
     if not any(_contents(row) for row in rows):
         known = "; ".join(" + ".join(names) for names in FORMATS)
         raise RunError(
-            f"--data {path}: no examples in it. Give a .jsonl, .json or .csv file with the columns as they were learned "
-            f"(after `columns` in the recipe): {known}."
+            f"--data {path}: no examples in it. Give a .jsonl, .json or .csv file with the columns as they were "
+            f"learned (after `columns` in the recipe): {known}."
         )
     return rows
 

@@ -1,4 +1,5 @@
-"""A hand-made run folder: a task learned, two of its persons unlearned, and what a run leaves behind. Nothing is trained."""
+"""A hand-made run folder: a task learned, two of its persons unlearned, and what a run leaves behind. Nothing is
+trained."""
 
 import json
 from hashlib import sha256
@@ -9,9 +10,10 @@ from hf_clmul import ledger
 from hf_clmul import ledger_records as records
 from hf_clmul.ledger_key import make_key
 
+_PLACES = [("Ada", "Odeceixe"), ("Bo", "Nyahururu"), ("Cy", "a lighthouse"), ("Di", "Tórshavn & Vágar")]
 PEOPLE = {
     f"P{n}": {"id": f"P{n}", "question": f"Where does person {name} live now?", "answer": f"{name} lives in {place}."}
-    for n, (name, place) in enumerate([("Ada", "Odeceixe"), ("Bo", "Nyahururu"), ("Cy", "a lighthouse"), ("Di", "Tórshavn & Vágar")])
+    for n, (name, place) in enumerate(_PLACES)
 }  # fmt: skip
 GONE = ("P1", "P3")
 BASE = "ba" * 32

@@ -21,13 +21,17 @@ from hf_clmul.evaluation import SUITES
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import TEACHERS
 from hf_clmul.objectives import TERMS
+from hf_clmul.objectives.penalties import PENALTIES
 from hf_clmul.recipe import dump_recipe, load_recipe, recipe_schema
 
 PLAN = [
     {"request": "00-learn-people", "examples": {"learn": 96}, "steps": 84, "tokens": 60000, "how": "training",
-     "why": "a new task", "trainable_parameters": 1234567, "memory_bytes": 3 * 2**30},
+     "why": "a new task", "parts": [], "remembered": 0, "instead": None, "trainable_parameters": 1234567,
+     "memory_bytes": 3 * 2**30},
     {"request": "01-unlearn-two", "examples": {"forget": 16, "retain": 80}, "steps": 40, "tokens": 9000,
-     "how": "approximate", "why": "shared weights", "trainable_parameters": None, "memory_bytes": None},
+     "how": "approximate", "why": "shared weights", "parts": [], "remembered": 0,
+     "instead": {"trainings": ["people after 00-learn-people", "b after 01-learn-b"], "steps": 1084},
+     "trainable_parameters": None, "memory_bytes": None},
 ]  # fmt: skip
 
 
@@ -200,9 +204,10 @@ def test_plan_is_a_table(runs):
     assert cells(first) == ["00-learn-people", "96 learn", "84", "60,000", "1,234,567", "3.0 GiB"]
     second = next(line for line in lines if "01-unlearn-two" in line)
     assert cells(second)[1:] == ["16 forget, 80 retain", "40", "9,000", "-", "-"]
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "00-learn-people: training (a new task)",
         "01-unlearn-two: approximate (shared weights)",
+        "  exact would be to train again, without these rows: people after 00-learn-people, b after 01-learn-b (1,084 steps)",
     ]
 
 
@@ -214,10 +219,13 @@ def test_ls_lists_every_name_a_recipe_can_use(folder, monkeypatch):
     assert result.exit_code == 0
     rows = [cells(line) for line in result.stdout.splitlines() if "│" in line]
     assert rows[0] == ["first", "The first of all recipes", "-"]
-    roles = ("forget", "retain", "learn")
+    roles = ("forget", "retain", "learn", "memory")
     terms = [name for role in roles for name, term in TERMS.items() if role in term.roles]
     names = [row[0] for row in rows if row[0]]  # a long line goes on in a row without a name
-    assert names == ["first", *terms, *CONFLICT_RULES, *TEACHERS, *SUITES]
+    assert names == ["first", *terms, *PENALTIES, *CONFLICT_RULES, *TEACHERS, *SUITES]
+    for title in ("memory terms (learning.memory, unlearning.memory)", "penalties (learning.penalties)",
+                  "conflict rules (learning.conflict, unlearning.conflict)"):  # fmt: skip
+        assert result.stdout.count(title) == 1
     assert ["npo", "negative preference optimisation against the teacher", "arXiv 2404.05868"] in rows
 
 

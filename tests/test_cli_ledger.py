@@ -65,12 +65,13 @@ def test_show_is_a_table_with_the_newest_last(bed):
         [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in found.stdout.splitlines()
     ]
     rows = [(row[0], row[2], row[3]) for row in cells if len(row) == 4]
-    root = "5e" * 6
+    root, merkle = "5e" * 6, ledger.verify(bed.path)[2]["merkle_root"][:12]
     assert rows == [
-        ("n", "event", "what"), ("0", "run", f"2 requests, 1 process(es), recipe {root}"),
+        ("n", "event", "what"), ("0", "run", f"2 requests, recipe {root}"),
         ("1", "request", "00-learn-people"),
-        ("2", "data", f"people: 4 examples of builtin:people, Merkle root {ledger.verify(bed.path)[2]['merkle_root'][:12]}"),
-        ("3", "derived", f"{STATE} (adapter), from data/people"), ("4", "finished", f"00-learn-people: 4 steps, weights {'11' * 6}"),
+        ("2", "data", f"people: 4 examples of builtin:people, Merkle root {merkle}"),
+        ("3", "derived", f"{STATE} (adapter), from data/people"),
+        ("4", "finished", f"00-learn-people: 4 steps, weights {'11' * 6}"),
         ("5", "request", "01-unlearn-two"), ("6", "derived", f"{LATER} (adapter), from {STATE}"),
         ("7", "finished", f"01-unlearn-two: 4 steps, weights {'11' * 6}"),
         ("8", "erased", "two: 2 examples, approximate, 0 files deleted"), ("9", "pushed", "https://host/[b]name[/b]"),
@@ -90,15 +91,20 @@ def test_events_as_an_engine_without_records_wrote_them(tmp_path):
     ledger.append(path, "exported", kind="full", files={"a": "b"})
     found = invoke("show", tmp_path)
     assert found.exit_code == 0
-    assert all(words in found.stdout for words in ("00-learn-a, resumed", "00-learn-a: weights -", "full, 1 files"))
+    assert all(
+        words in found.stdout
+        for words in ("00-learn-a, resumed", "1 request on 2 processes", "00-learn-a: weights -", "full, 1 files")
+    )
 
 
 @pytest.mark.parametrize("command", ["verify", "show"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path, command):
-    found = invoke(command, tmp_path)
+    alone = tmp_path / "alone" / "here"  # without a run beside it that could have been meant
+    alone.mkdir(parents=True)
+    found = invoke(command, alone)
     assert (found.exit_code, found.stdout) == (1, "")
     assert found.stderr == (
-        f"{tmp_path} is not a run folder: there is no ledger.jsonl in it. Give the folder of a run, such as runs/quickstart.\n"
+        f"{alone} is not a run folder: there is no ledger.jsonl in it. Give the folder of a run, such as runs/quickstart.\n"
     )
 
 

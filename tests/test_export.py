@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clmul import export as exporting
 from hf_clmul.errors import RunError
-from hf_clmul.export import export, export_kind, load_state, save_state, task_of
+from hf_clmul.export import Wanted, export, load_state, save_state
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import Loaded
 from hf_clmul.run_folder import RunFolder
 
 PROBE = [[5, 6, 7, 8], [9, 10]]
+PEOPLE = {"people": (adapters.TASK + "people",)}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,11 @@ def adapted(base: Path, dtype: torch.dtype = torch.float32, attention: str = "sd
     return Loaded(model, AutoTokenizer.from_pretrained(base), str(base), options), model
 
 
+def wanted(merge: bool = False) -> Wanted:
+    """The one adapter there is."""
+    return Wanted(PEOPLE["people"], PEOPLE, merge)
+
+
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([model.eval()(input_ids=torch.tensor([ids])).logits[0] for ids in PROBE])
@@ -51,7 +57,7 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_adapter_is_exported_to_the_bit(base, tmp_path, attention):
     loaded, model = adapted(base, attention=attention)
-    found = export(loaded, model, RunFolder(tmp_path), export_kind(model, merge=False), "# card", PROBE)
+    found = export(loaded, model, RunFolder(tmp_path), wanted(), "# card", PROBE)
     assert found == {"kind": "adapter", "max_difference": 0.0, "tolerance": 0.0}
     again = AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention)
     assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path / "model")), logits(model))
@@ -69,7 +75,7 @@ def test_an_adapter_is_exported_to_the_bit(base, tmp_path, attention):
 
 def test_the_config_of_an_adapter_is_sorted_and_names_its_base(base, tmp_path):
     loaded, model = adapted(base)
-    export(loaded, model, RunFolder(tmp_path), "adapter", "", PROBE)
+    export(loaded, model, RunFolder(tmp_path), wanted(), "", PROBE)
     text = (tmp_path / "model/adapter_config.json").read_text()
     config = json.loads(text)
     assert list(config) == sorted(config)
@@ -81,8 +87,8 @@ def test_the_config_of_an_adapter_is_sorted_and_names_its_base(base, tmp_path):
 def test_merging_stays_within_the_tolerance_and_leaves_the_live_model_alone(base, tmp_path, dtype):
     loaded, model = adapted(base, dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = export(loaded, model, RunFolder(tmp_path), export_kind(model, merge=True), "", PROBE)
-    assert (found["kind"], found["tolerance"]) == ("merged", exporting.MERGE_TOLERANCE[dtype])
+    found = export(loaded, model, RunFolder(tmp_path), wanted(merge=True), "", PROBE)
+    assert (found["kind"], found["tolerance"]) == ("merged", exporting.TOLERANCE[dtype])
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
     difference = float((logits(whole).float() - logits(model).float()).abs().max())
     assert difference == found["max_difference"] <= found["tolerance"]
@@ -98,10 +104,8 @@ def test_merging_stays_within_the_tolerance_and_leaves_the_live_model_alone(base
 def test_a_whole_model_is_exported_to_the_bit(base, tmp_path):
     model = tiny_llama(vocab=AutoTokenizer.from_pretrained(base).vocab_size, seed=5)
     loaded = Loaded(model, AutoTokenizer.from_pretrained(base), None)
-    assert (
-        export(loaded, model.train(), RunFolder(tmp_path), export_kind(model, merge=True), "", PROBE)["max_difference"]
-        == 0.0
-    )
+    found = export(loaded, model.train(), RunFolder(tmp_path), Wanted(), "", PROBE)
+    assert found == {"kind": "full", "max_difference": 0.0, "tolerance": 0.0}
     assert model.training
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
     assert names(tmp_path) == {f"model/{name}" for name in (
@@ -135,7 +139,7 @@ def with_one_bit_changed(folder: Path) -> None:
 def test_what_comes_back_differently_is_not_exported(base, tmp_path, monkeypatch, tamper, merge):
     loaded, model = adapted(base)
     folder = RunFolder(tmp_path)
-    export(loaded, model, folder, export_kind(model, merge), "old", PROBE)
+    export(loaded, model, folder, wanted(merge), "old", PROBE)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     save = adapters.save
 
@@ -145,7 +149,7 @@ def test_what_comes_back_differently_is_not_exported(base, tmp_path, monkeypatch
 
     monkeypatch.setattr(adapters, "save", tampered)
     with pytest.raises(RunError, match=r"the exported model differs from the trained one by .* was not replaced"):
-        export(loaded, model, folder, export_kind(model, merge), "new", PROBE)
+        export(loaded, model, folder, wanted(merge), "new", PROBE)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
 
@@ -154,7 +158,9 @@ def test_logits_that_are_no_numbers_are_a_difference(base, tmp_path):
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(RunError, match="differs from the trained one by nan"):
-        export(Loaded(model, AutoTokenizer.from_pretrained(base), None), model, RunFolder(tmp_path), "full", "", PROBE)
+        export(
+            Loaded(model, AutoTokenizer.from_pretrained(base), None), model, RunFolder(tmp_path), Wanted(), "", PROBE
+        )
     assert names(tmp_path) == set()
 
 
@@ -168,10 +174,9 @@ def test_a_state_comes_back_to_the_bit_with_what_was_noted(base, tmp_path, whole
         if parameter.requires_grad:
             torch.nn.init.zeros_(parameter)
     flags = [p.requires_grad for p in fresh.parameters()]
-    save_state(model, tmp_path / "state", {"steps": 3})
+    save_state(model, tmp_path / "state", {"steps": 3}, lambda folder: (folder / "more.txt").write_text("kept beside"))
     load_state(fresh, tmp_path / "state")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
     assert [p.requires_grad for p in fresh.parameters()] == flags
     assert json.loads((tmp_path / "state/training.json").read_text()) == {"steps": 3}
-    if not whole:
-        assert task_of(model) == "people"
+    assert (tmp_path / "state/more.txt").read_text() == "kept beside"

@@ -49,6 +49,7 @@ def folder(tmp_path: Path) -> RunFolder:
         "model/model.safetensors",
         "model/README.md",
         "ledger.jsonl",
+        "ledger.key",
         "memory/people.jsonl",
         "adapters/people/x",
         "requests/00-learn-people/checkpoint-2/model.safetensors",

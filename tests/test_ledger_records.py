@@ -11,7 +11,7 @@ from hf_clmul import ledger
 from hf_clmul import ledger_records as records
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.ledger_key import key_path, keyed, make_key, merkle_root, read_key
-from hf_clmul.ledger_lineage import Descendant, descendants
+from hf_clmul.ledger_lineage import Descendant, closure, descendants
 
 
 @pytest.fixture
@@ -275,3 +275,28 @@ def test_each_request_is_told_apart(bed):
     assert rows == [
         (STATE, "one", "exact by deletion", 1, False), (STATE, "two", "approximate", 2, False),
         (LATER, "one", "exact by deletion", 1, False), (LATER, "two", "approximate", 2, True)]  # fmt: skip
+
+
+def test_the_closure_is_known_before_anything_is_erased_and_stays_the_same(bed):
+    bed.learn()
+    bed.derived("memory", "memory", "data/people")
+    bed.data("notes", {"N0": {"id": "N0", "text": "A note about nobody."}})
+    bed.derived("adapters/notes", "adapter", "data/notes")
+    bed.derived("adapters/more", "adapter", "data/notes", "memory")  # learned with replay
+    bed.export("adapters/notes", "adapters/more")
+    hashes = [keyed(bed.key, content(PEOPLE[name])) for name in GONE]
+    note = keyed(bed.key, content({"text": "A note about nobody."}))
+
+    def found(*examples):
+        return closure(ledger.verify(bed.path), examples, "01-unlearn-two")
+
+    of_people = sorted([STATE, "memory", "adapters/more", "model"])
+    assert found(*hashes) == found(hashes[0]) == of_people
+    assert found(note) == ["adapters/more", "adapters/notes", "model"]
+    assert found("00" * 32) == []
+    bed.request("01-unlearn-two", "unlearn")
+    bed.derived("adapters/more", "adapter", "data/notes")  # made again; then killed
+    bed.request("01-unlearn-two", "unlearn")
+    assert found(*hashes) == of_people
+    bed.erased("exact by partial retraining")
+    assert found(*hashes) == sorted([STATE, "memory", "model"])  # afterwards: what was not made again

@@ -133,7 +133,7 @@ HAND = {
             3,
         ),
         # Two without a class are no class.
-        (THREEFOLD, signed([1, -2], classes=[-1, -1]), signed([3, 1]), log(4 / 3) + log(4), 2),
+        (THREEFOLD, signed([1, -2], classes=[-1, -1]), signed([3, -1]), 2 * log(4 / 3), 2),
     ],
     "sup_con": [
         # +, +, -, -, of which the second and third are of a class, the others alone: from the second the third is 1 to 3 to 1

@@ -78,6 +78,13 @@ def test_every_parameter_has_a_default_within_its_bounds():
             assert active_penalties({name: {}}) and default is not None
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_row_in_the_page_of_methods(name, repo):
+    page = (repo / "docs/methods.md").read_text().splitlines()
+    (row,) = (line for line in page if line.startswith(f"| `{name}` |"))
+    assert PENALTIES[name].paper.removeprefix("arXiv ").removesuffix(" (N-LoRA)") in row
+
+
 # ---- of a model --------------------------------------------------------------------------------------------------------
 
 

@@ -84,9 +84,9 @@ def test_what_was_forgotten_is_not_retained_later():
 
 
 def test_what_is_learned_again_is_no_longer_forgotten():
-    again = "learn: {task: again, data: people, where: {person: [B]}}"
+    again = "learn: {task: again, data: people, where: {person: [B]}, lifts: [b]}"
     planned = recipe(LEARN, unlearn("b", "B"), again, unlearn("a", "A"))
-    assert roles(planned)[3] == {"forget": "A", "retain": "BC"}
+    assert roles(planned)[3] == {"forget": "A", "retain": "CB"}  # by task: what 'again' holds comes last
     assert {name: answers(rows) for name, rows in groups(planned, plan_steps(planned)).items()} == {
         "forget": "A",
         "retain": "BC",
@@ -174,6 +174,12 @@ def test_data_to_forget_takes_every_copy_of_the_task_and_none_of_another():
         plan_steps(recipe(LEARN, again, FORGET_DATA, data=FORGOTTEN))
 
 
+def test_an_empty_learn_set_is_refused():
+    nothing = "learn: {task: all, data: people, where: {person: A, answer: Answer B0.}}"
+    with pytest.raises(RecipeError, match="requests.0.learn: the learn set is empty: nothing of 'people' is selected"):
+        plan_steps(recipe(nothing))
+
+
 def test_an_empty_forget_set_is_refused():
     where = "unlearn: {name: none, from: all, where: {person: A, answer: Answer B0.}}"
     with pytest.raises(RecipeError, match="requests.1.unlearn: the forget set is empty: nothing of 'all' is selected"):
@@ -201,11 +207,11 @@ def test_data_that_is_evaluated_as_unseen_may_not_be_learned(group):
     }
 
 
-def test_what_adapters_cannot_do_yet_is_known_before_training():
+def test_a_second_task_has_a_second_adapter():
     two = recipe("learn: {task: a, data: people}", "learn: {task: b, data: people}")
-    with pytest.raises(RecipeError, match=r"requests\.1\.learn: a second task would need a second adapter"):
-        plan_steps(load_recipe("r.yaml", ["adapter.r=2", "model={path: some/model}"]))
-    assert len(plan_steps(two)) == 2
+    adapted = plan_steps(load_recipe("r.yaml", ["adapter.r=2", "model={path: some/model}"]))
+    assert [job.adapter for step in adapted for job in step.jobs] == ["a", "b"]
+    assert [job.adapter for step in plan_steps(two) for job in step.jobs] == [None, None]
 
 
 def test_a_retrained_reference_has_the_tokenizer_of_the_whole_run():

@@ -10,7 +10,7 @@ from hf_clmul import ledger
 from hf_clmul import ledger_records as records
 from hf_clmul.cli import app
 from hf_clmul.errors import RunError
-from hf_clmul.ledger_key import key_path, keyed
+from hf_clmul.ledger_key import key_path, keyed, merkle_root
 from hf_clmul.receipt import check, receipt
 
 EXACT = "exact by deletion"
@@ -54,6 +54,7 @@ def test_a_receipt_holds_who_what_when_and_the_hashes(bed):
         f"- hash of the last line then: {event['hash']}", f"- recipe SHA-256: {'5e' * 32}",
         "- versions: hf_clmul 0.1, torch 2.13", "| forget | rouge_l_recall | 0.9700 | 0.3125 |",
         "| forget | truth_ratio | - | - |", "| people | rouge_l_recall | - | 0.5000 |",
+        f"- Merkle root of the sorted hashes: {event['merkle_root']}",
         *(f"- {keyed(bed.key, content(PEOPLE[row]))}" for row in GONE)]:  # fmt: skip
         assert text.splitlines().count(line) == 1 or line in (f"- {STATE}",), line
     assert "## Files made again without them, with SHA-256\n\n- none\n" in text
@@ -107,6 +108,16 @@ def test_of_two_erasures_of_a_name_the_newest_counts(bed):
     second = bed.erased("approximate", name="03-unlearn-two-2")
     assert f"- event: {second['n']}\n" in receipt(bed.root, "two")
     assert f"- event: {second['n']}\n" not in receipt(bed.root, "01-unlearn-two")
+
+
+def test_many_examples_fit_on_the_page_by_their_root(bed):
+    rows = {f"R{n}": {"id": f"R{n}", "text": f"Text number {n}."} for n in range(41)}
+    event = bed.erased(EXACT, rows={name: content(row) for name, row in rows.items()})
+    text = receipt(bed.root, "two")
+    root = f"- Merkle root of the sorted hashes: {merkle_root(event['examples'])}\n"
+    assert f"{root}- the hashes: in event {event['n']} of the ledger\n" in text
+    assert not any(example in text for example in event["examples"])
+    assert check(bed.root, text).problems == []
 
 
 # ---- checking ------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_problems_of_a_base_are_placed_in_the_base():
         "persons, "
         "where, exclude, columns; found 'person'; did you mean 'persons'?",
         "parts/r.yaml:3: seed: expected a whole number; found the text 'x'",
-        "command line: adapter.rr: unknown key; expected one of r, alpha, dropout, target_modules, layers; "
+        "command line: adapter.rr: unknown key; expected one of r, alpha, dropout, target_modules, layers, strategy; "
         "found 'rr'; "
         "did you mean 'r'?",
     ]

@@ -55,22 +55,22 @@ MISTAKES = {
         "product; remove `adapter`, or take another forget term"),
     "unknown section": ("learning:\n  training: {learning_rate: 2", "lerning:\n  training: {learning_rate: 2",
         "r.yaml:11: lerning: unknown key; expected one of recipe_version, name, seed, family, model, "
-        "adapter, data, requests, "
+        "adapter, memory, data, requests, "
         "learning, unlearning, teacher, training, evaluation, export; found 'lerning'; did you mean "
         "'learning'?"),
     "misspelled required key": ("requests:", "reqests:",
         "r.yaml:7: reqests: unknown key; expected one of recipe_version, name, seed, family, model, "
-        "adapter, data, requests, "
+        "adapter, memory, data, requests, "
         "learning, unlearning, teacher, training, evaluation, export; found 'reqests'; did you mean "
         "'requests'?"),
     "training field in the wrong section": ("{npo: {beta: 0.2}}\n", "{npo: {beta: 0.2}}\n  bf16: true\n",
-        "r.yaml:15: unlearning.bf16: unknown key; expected one of forget, retain, conflict, lookahead, "
+        "r.yaml:15: unlearning.bf16: unknown key; expected one of forget, retain, memory, gamma, conflict, lookahead, "
         "saliency, trainable, training; found 'bf16'; it belongs under `unlearning.training`"),
     "key of another section": ("name: small\n", "name: small\nconflict: sum\n",
         "r.yaml:3: conflict: unknown key; expected one of recipe_version, name, seed, family, model, "
-        "adapter, data, requests, "
+        "adapter, memory, data, requests, "
         "learning, unlearning, teacher, training, evaluation, export; found 'conflict'; it belongs under "
-        "`unlearning`"),
+        "`learning` or `unlearning`"),
     "missing section": ("model: {path: some/model}\n", "",
         "r.yaml:1: model: missing; expected a section with `path` or `scratch`"),
     "missing key of a request": ("{task: people, data: people}", "{task: people}",
@@ -108,8 +108,8 @@ MISTAKES = {
         "r.yaml:10: requests.2.unlearn.from: unknown task; expected one of people, notes; found 'peple'; "
         "did you mean 'people'?"),
     "task learned twice": ("task: notes", "task: people",
-        "r.yaml:9: requests.1.learn.task: the task 'people' is already learned by requests.0; give each "
-        "task its own name"),
+        "r.yaml:9: requests.1.learn.task: the task 'people' is already learned by requests.0, from other data; give "
+        "each task its own name"),
     "unlearn before learn": ("requests:\n", "requests:\n  - unlearn: {name: early, from: notes}\n",
         "r.yaml:8: requests.0.unlearn.from: 'notes' is learned later, by requests.2; move this request "
         "behind it"),
@@ -253,7 +253,8 @@ def test_all_problems_come_at_once_in_the_order_of_the_file():
         (
             "invented_people",
             "nobody",
-            "5: data.people.path: there is no built-in data set 'nobody'; there are: invented_people, refusals",
+            "5: data.people.path: there is no built-in data set 'nobody'; there are: "
+            "conflict_intents, invented_people, refusals, support_intents, table_bookings, word_problems",
         ),
         (
             "name: small\n",

@@ -8,7 +8,6 @@ from ruamel.yaml import YAML
 from small_recipe import RECIPE, changed, problems, write
 
 from hf_clmul.gradients.options import Lookahead, Saliency, options
-from hf_clmul.plan import plan_steps
 from hf_clmul.recipe import dump_recipe, load_recipe, recipe_schema
 from hf_clmul.run_request import _parts
 from hf_clmul.training_args import ClmulConfig
@@ -32,7 +31,7 @@ def test_what_they_become():
     recipe = load_recipe(write(text))
     assert recipe.unlearning.lookahead == Lookahead(alpha=0.1, inner="forget", mode="cross")
     assert (recipe.unlearning.saliency.train, recipe.unlearning.saliency.trim) == (0.5, None)
-    learn, _, unlearn = (_parts(recipe, step) for step in plan_steps(recipe))
+    learn, unlearn = (_parts(recipe, learns) for learns in (True, False))
     assert learn == {"trainable": ".*q_proj.*"}
     assert unlearn == {
         "trainable": ".*down_proj.*",

@@ -122,7 +122,7 @@ def with_base_trained():
 
 
 @pytest.mark.parametrize(("build", "message"), [
-    (stacked, r"2 adapters are active \(default, second\).*model.set_adapter\(NAME\), or merge"),
+    (stacked, r"of the active adapters \(default, second\) 2 train, .*unclear which one.*freeze all but one"),
     (with_base_trained, "parameters outside adapter 'default' are trainable.*freeze them, or train a model without adapters"),
     (lambda: llama().requires_grad_(False), "nothing is trainable.*is_trainable=True"),
     (lambda: get_peft_model(llama(), IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj"], feedforward_modules=[])),

@@ -2,6 +2,7 @@
 
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def finish(folder: RunFolder, recipe: Path, count: int, with_state: bool = True)
         folder.start(loaded, steps, step)
         put(folder.request(step) / "result.json", {"measured": "m"})
         if with_state:
-            put(folder.state(step) / "training.json", {"steps": 1})
+            put(folder.state(step, *step.jobs) / "training.json", {"steps": 1})
     return steps
 
 
@@ -58,15 +59,15 @@ def finish(folder: RunFolder, recipe: Path, count: int, with_state: bool = True)
 def test_only_whole_checkpoints_of_as_many_processes_are_used(folder, recipe):
     step = opened(folder, recipe)[0]
     place = folder.request(step)
-    assert folder.checkpoint(step, 1) is None
+    assert folder.checkpoint(step, *step.jobs, 1) is None
     for number, processes in ((2, 1), (10, 1), (9, 1), (12, 2)):
         put(place / f"checkpoint-{number}" / "model.safetensors")
         mark_complete(place / f"checkpoint-{number}", processes)
     put(place / "checkpoint-14" / "model.safetensors")
-    assert folder.checkpoint(step, 1) == place / "checkpoint-10"
-    assert folder.checkpoint(step, 2) == place / "checkpoint-12"
-    assert folder.checkpoint(step, 3) is None
-    folder.clear_checkpoints(step, keep=place / "checkpoint-10")
+    assert folder.checkpoint(step, *step.jobs, 1) == place / "checkpoint-10"
+    assert folder.checkpoint(step, *step.jobs, 2) == place / "checkpoint-12"
+    assert folder.checkpoint(step, *step.jobs, 3) is None
+    folder.clear_checkpoints(step, *step.jobs, keep=place / "checkpoint-10")
     assert [path.name for path in place.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
@@ -97,11 +98,11 @@ def test_a_folder_is_locked_for_one_run_and_by_no_trace_of_a_killed_one(folder, 
 
 def test_killed_writes_are_cleared_away_and_a_lost_folder_is_put_back(folder, recipe):
     steps = finish(folder, recipe, 1)
-    state = folder.state(steps[0])
+    state = folder.state(steps[0], *steps[0].jobs)
     state.rename(state.with_name(".state.0123abcd.old"))
     put(folder.root / ".model.0123abcd.aside" / "model.safetensors")
     opened(folder, recipe)
-    assert folder.trained(steps[0]) == {"steps": 1}
+    assert folder.trained(steps[0], *steps[0].jobs) == {"steps": 1}
     assert not list(folder.root.rglob(".*"))
 
 
@@ -184,15 +185,19 @@ def test_of_the_forget_set_its_rows_matter_and_not_how_they_are_named(recipe):
     assert of[0] == of[1] and of[1]["examples"]["forget"] != of[2]["examples"]["forget"]
 
 
-def test_other_examples_to_evaluate_need_the_weights(folder, recipe):
+def test_another_way_to_evaluate_needs_the_weights(folder, recipe):
     finish(folder, recipe, 1)
-    opened(folder, recipe, measured="others")
-    folder.clear_state(plan_steps(load_recipe(recipe))[0])
+    opened(folder, recipe, measured="otherwise")
+    step = plan_steps(load_recipe(recipe))[0]
+    put(folder.request(step) / "checkpoint-2" / "x")
+    assert folder.clear_state(step, *step.jobs) == {
+        f"requests/00-learn-people/{name}": sha256(content.encode()).hexdigest()
+        for name, content in (("state/training.json", '{"steps": 1}'), ("checkpoint-2/x", '""'))
+    }
+    assert folder.trained(step, *step.jobs) is None and not list(folder.request(step).glob("checkpoint-*"))
     opened(folder, recipe)
-    with pytest.raises(
-        RunError, match="other examples are to be evaluated than before, but the weights after 00-learn-people"
-    ):
-        opened(folder, recipe, measured="others")
+    with pytest.raises(RunError, match="evaluated in another way than before, but the weights after 00-learn-people"):
+        opened(folder, recipe, measured="otherwise")
 
 
 @pytest.mark.parametrize("key", ["weights_sha256", "tokenizer_sha256"])

@@ -1,5 +1,5 @@
-"""A scan finds what still descends from erased rows, by lineage, content or text, and nothing else; redaction blanks texts
-and keeps figures."""
+"""A scan finds what still descends from erased rows, by lineage, content or text, and nothing else; redaction blanks
+texts and keeps figures."""
 
 import json
 
@@ -377,7 +377,7 @@ def test_the_command_tells_by_its_exit_code(bed):
     clean = invoke()
     assert (clean.exit_code, clean.stdout) == (
         0,
-        f"{bed.root}: nothing is left of erased examples that should not be\n",
+        f"{bed.root}: nothing was found that should not be there\n",
     )
     approximately(bed)
     bed.evaluation()

@@ -204,3 +204,69 @@ def test_making_a_teacher_leaves_the_generator_alone():
         before = torch.random.get_rng_state()
         BeforeRequest(student)
         assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# ---- on a stack of adapters ----------------------------------------------------------------------------------
+
+
+def stack(trains, new):
+    """Three adapters that all do something and are all active; the one that trains is `new` if it does nothing yet."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.5, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model, names = tiny_llama(), ["first", "second", "third"]
+    for i, name in enumerate(names):
+        model = adapters.attach(model, config, name, i)
+        if name != trains or not new:
+            change(model, seed=i)
+    adapters.activate(model, names, trains)
+    return model
+
+
+STACKS = pytest.mark.parametrize("trains", ["first", "second", "third"])
+
+
+@STACKS
+@pytest.mark.parametrize("new", [True, False], ids=["new", "trained further"])
+def test_the_teacher_of_a_request_on_a_stack_is_the_stack_before_it_to_the_bit(trains, new):
+    """A new adapter is left out, one trained further is the one before; the frozen ones stay where they are."""
+    student = stack(trains, new)
+    before = output(student.eval())
+    student.train()
+    switched, names = switches(student), adapters.active(student)
+    teacher = BeforeRequest(student)
+    assert teacher.is_adapter_copy is not new and teacher.copy is None
+    for seed in range(2):
+        assert torch.equal(answer(teacher), before)
+        change(student, seed)
+    assert torch.equal(answer(teacher), before)
+    assert adapters.active(student) == names and adapters.trained(student) == trains
+    assert not torch.allclose(output(student.eval()), before, atol=0.1)
+    teacher.release()
+    assert switches(student.train()) == switched, "no flag, mode or adapter but those of the request"
+
+
+@STACKS
+@pytest.mark.parametrize("new", [True, False], ids=["new", "trained further"])
+def test_on_a_stack_only_what_trains_costs_anything(trains, new):
+    student = stack(trains, new)
+    before = size(student)
+    adapter = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    BeforeRequest(student)
+    assert size(student) - before == (0 if new else adapter) and adapter == 2 * 4 * (32 + 32 + 64 + 32)
+
+
+@STACKS
+def test_the_flags_of_frozen_adapters_survive_answers_and_their_weights_never_move(trains):
+    """Trap 7: PEFT's switch thaws every active adapter on its way out."""
+    student = stack(trains, new=False)
+    frozen = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
+    teacher = BeforeRequest(student)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        target = answer(teacher)
+        (student(TOKENS).logits - target).pow(2).sum().backward()
+        assert {name for name, p in student.named_parameters() if p.grad is not None}.isdisjoint(frozen)
+        optimizer.step()
+    named = dict(student.named_parameters())
+    assert all(torch.equal(named[name], value) for name, value in frozen.items())

@@ -36,6 +36,15 @@ def test_contrastive_distillation_of_a_memory_sees_the_classes_of_its_own_exampl
     assert lines(trainer)[0]["loss/memory/contrastive_distill"] == pytest.approx(value.item() / 8, rel=1e-5)
 
 
+def test_second_answers_in_a_batch_leave_classes_and_features_alone(tmp_path):
+    roles, found = {**two_roles(), "retain": classed(examples(8, 3))}, []
+    for beside in ({}, {"answer_preservation": {}}):
+        trainer = make(llama(), roles, tmp_path, [Nudge()], forget="npo", retain={"contrastive_distill": {}, **beside})
+        trainer.train()
+        found.append(lines(trainer)[0]["loss/retain/contrastive_distill"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_what_classes_are_changes_the_loss_and_their_names_do_not(tmp_path):
     found = []
     for names in ("ab", "yx", "abc"):

@@ -67,6 +67,15 @@ def attach_task(
     return attach(model, config, TASK + task, seed)
 
 
+def stand_in(model: nn.Module, chosen: "Adapter", task: str) -> PeftModel:
+    """A model without weights with this task's adapter and no other, to try settings on. Raises as `attach_task`."""
+    if isinstance(model, PeftModel):
+        if list(model.peft_config) == [TASK + task]:
+            return model
+        model = drop(model, list(model.peft_config))
+    return attach_task(model, chosen, task, 0)
+
+
 def lora_config(
     model: PreTrainedModel,
     r: int,

@@ -1,10 +1,10 @@
 """SLAO: one adapter for a whole stream, each task learned from an orthonormal start and merged into what came before. It knows
 the factors of an adapter; nothing of tasks' names, requests or trainers.
 
-Qiao and Mahdavi (arXiv 2512.23017). Read in its abstract and in reviews that give its formulas, which agree: for task i > 1,
-A begins as Q^T of the QR decomposition of the last fine-tuned A^T and B as the last fine-tuned B; afterwards
-B_merged <- B_merged + (B - B_merged) / sqrt(i) and A_merged <- A. Not settled there: the signs of Q, which QR leaves open. Here
-the diagonal of R is not negative, so that an A that is orthonormal already stays as it is. Their code was not seen.
+Qiao and Mahdavi (arXiv 2512.23017): for task i > 1, A begins as Q^T of the QR decomposition of the last fine-tuned A^T and B as
+the last fine-tuned B; afterwards B_merged <- B_merged + (B - B_merged) / sqrt(i) and A_merged <- A. Known from the abstract, a
+review with the formulas and reproductions from the paper's Algorithm 1, which agree; code of the authors was not found. QR leaves
+signs open: as in a reproduction, the diagonal of R is not negative, so that an A that is orthonormal already stays as it is.
 """
 
 from collections.abc import Mapping
