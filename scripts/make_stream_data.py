@@ -169,15 +169,16 @@ def support_intents() -> Iterator[Row]:
 
 
 def table_bookings() -> Iterator[Row]:
-    """Requests for a table, to be answered with name, day, time and number of guests. No one who books in the held-out split
-    does so in the other."""
+    """Requests for a table, to be answered with name, day, time and number of guests; the class is the day. No one who
+    books in the held-out split does so in the other."""
     people = [(first, last) for i, first in enumerate(FIRST) for last in (LAST * 2)[i : i + 5]]
     for i, (first, last) in enumerate(shuffled(people, "people")):
         split = "train" if i < 80 else "held_out"
         (day,), (count,), (time,) = (shuffled(list(all_of), first, last)[:1] for all_of in (DAYS, COUNTS, TIMES))
         message = BOOKINGS[i % len(BOOKINGS)].format(first=first, last=last, count=count, day=day, time=time)
         answer = f"{first} {last}, {day}, {TIMES[time]}, {COUNTS[count]} guests"
-        yield {"split": split, "question": f"Write down the booking.\nMessage: {message}", "answer": answer}
+        question = f"Write down the booking.\nMessage: {message}"
+        yield {"split": split, "question": question, "answer": answer, "class": day}
 
 
 def word_problems() -> Iterator[Row]:

@@ -134,6 +134,18 @@ def test_a_layer_that_the_model_does_not_have():
 # ---- what an adapter does ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_all_linear_means_the_same_beside_an_older_adapter(make):
+    """PEFT's wrappers hold linear modules of their own."""
+    model = make(layers=3)
+    first = adapters.lora_config(model, 4, 8.0, 0.0, "all-linear", "last-2")
+    stacked = adapters.attach(model, first, "task_one", 0)
+    second = adapters.lora_config(stacked, 4, 8.0, 0.0, "all-linear", "last-3")
+    assert second.target_modules == first.target_modules and len(first.target_modules) > 2
+    adapters.attach(stacked, second, "task_two", 1)
+    assert set(stacked.peft_config) == {"task_one", "task_two"}
+
+
 def test_an_adapter_is_the_identity_until_it_is_trained():
     assert adapters.is_identity(with_adapter(), "default")
     assert adapters.is_identity(with_adapter(config=lora(init_lora_weights="gaussian")), "default")

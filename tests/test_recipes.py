@@ -9,9 +9,8 @@ from hf_clmul.paths import builtin_recipes
 from hf_clmul.recipe import dump_recipe, load_recipe
 
 FILES = sorted(path for path in builtin_recipes().rglob("*.yaml") if not path.name.startswith("_"))
-RUN_HERE = [
-    path for path in FILES if path.parent.name != "tofu"
-]  # which test_recipes_tofu.py runs, with files for its data
+ELSEWHERE = ("tofu", "stream", "clmul")  # run by test_recipes_tofu.py and test_recipes_stream.py
+RUN_HERE = [path for path in FILES if path.parent.name not in ELSEWHERE]
 TINY = (
     "model={scratch: {vocab_size: 300, layers: 1, hidden: 16, heads: 2}}",
     "adapter=null",

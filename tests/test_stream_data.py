@@ -69,7 +69,7 @@ def test_bookings_are_of_other_people_in_each_split():
 def test_a_booking_repeats_name_and_day_of_its_message():
     for row in split("table_bookings", "train"):
         name, day, time, guests = row["answer"].split(", ")
-        assert all(part in row["question"] for part in (*name.split(), day))
+        assert all(part in row["question"] for part in (*name.split(), day)) and row["class"] == day
         assert time[2:] in (":00", ":30") and 17 <= int(time[:2]) <= 20 and 2 <= int(guests.split()[0]) <= 9
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -100,14 +101,7 @@ def lora_config(
                 f"adapter.layers: there is no layer {chosen[-1]}; the model has {depth}, from 0 to {depth - 1}."
             )
     if target_modules == "all-linear" and chosen is not None:  # PEFT takes a choice of layers with a list only
-        head = model.get_output_embeddings()
-        target_modules = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if isinstance(module, nn.Linear | Conv1D) and module is not head
-            }
-        )
+        target_modules = _linear(model)
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -115,6 +109,19 @@ def lora_config(
         target_modules=target_modules,
         layers_to_transform=chosen,
         task_type="CAUSAL_LM",
+    )
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The names of linear modules but for the head. What older adapters wrapped counts by its own name, what they added does
+    not."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in wrapped)
+    plain = {name: m for name, m in model.named_modules() if name not in wrapped and not name.startswith(inside)}
+    found = plain | {name: module.get_base_layer() for name, module in wrapped.items()}
+    head = model.get_output_embeddings()
+    return sorted(
+        {n.rpartition(".")[2] for n, m in found.items() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     )
 
 
