@@ -36,7 +36,7 @@ from hf_clmul.recipe_streams import BASE
 from hf_clmul.report import write_report
 from hf_clmul.results import record, reference_of, shared
 from hf_clmul.run_folder import COMPLETE, RunFolder, recipe_sha256
-from hf_clmul.run_ledger import RunLedger
+from hf_clmul.run_ledger import RunLedger, check_ledger
 from hf_clmul.run_log import quiet_libraries
 from hf_clmul.run_request import Run, carry_out, on_main_first, prepare, superseded
 from hf_clmul.run_stages import measure_stage
@@ -62,7 +62,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         chosen, how = evaluated(recipe, steps, whole), _measuring(recipe)
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how)])
         on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
-        on_main_first(state, lambda: folder.check(recipe, steps, measured))
+        on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache

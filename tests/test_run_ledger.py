@@ -115,3 +115,18 @@ def test_a_lifted_task_is_learned_again_and_the_ledger_says_so(stream):
     execute(recipe, stream)
     assert [(event["tombstone"], event["by"]) for event in named(stream, "lifted")] == [("gone", "05-learn-back")]
     assert set(tombstones(events(stream)).values()) == {"some"}
+
+
+def test_an_edited_ledger_stops_a_run_before_it_changes_anything(stream):
+    recipe, path = stream.parent / "out.yaml", stream / "ledger.jsonl"
+    text, whole = recipe.read_text(), path.read_bytes()
+    recipe.write_text(text.replace(GONE, GONE + learn("more", "P04")))
+    files = {file: file.read_bytes() for file in stream.rglob("*") if file.is_file() and file != path}
+    for edited in (whole.replace(b'"approximate"', b'"exact by deletion"', 1), whole[: whole.rindex(b"\n", 0, -1) + 1]):
+        path.write_bytes(edited)
+        with pytest.raises(RunError, match="ledger"):
+            execute(recipe, stream)
+        assert path.read_bytes() == edited
+    path.write_bytes(whole)
+    assert {file: file.read_bytes() for file in files} == files
+    recipe.write_text(text)
