@@ -86,11 +86,13 @@ def test_killed_at_points_of_a_stream_it_ends_as_if_it_never_was(recipe, finishe
 
 def test_what_a_stream_leaves(finished):
     """No weights from which nothing starts any more: the last of each adapter, and none of what was deleted."""
-    again = {job.part for job in plan_steps(load_recipe(finished / "recipe.yaml"))[5].jobs}
-    first = {job.part for job in plan_steps(load_recipe(finished / "recipe.yaml"))[3].jobs}
-    assert 0 < len(again) < len(first) == 4
+    learned, retrained = (plan_steps(load_recipe(finished / "recipe.yaml"))[i] for i in (3, 5))
+    again = {job.part for job in retrained.jobs}
+    emptied = {job.part for job in learned.jobs if job.adapter in retrained.removed}
+    kept = {job.part for job in learned.jobs} - again - emptied
+    assert len(learned.jobs) == 4 and again and emptied and kept, "all that can happen to a part"
     assert states(finished) == {
-        f"{NAMES[2]}/state", f"{NAMES[6]}/state", *(f"{NAMES[3]}/{part}/state" for part in first - again),
+        f"{NAMES[2]}/state", f"{NAMES[6]}/state", *(f"{NAMES[3]}/{part}/state" for part in kept),
         *(f"{NAMES[5]}/{part}/state" for part in again),
     }  # fmt: skip
     assert {path.name for path in (finished / "adapters").iterdir()} == {"a", "b", "parts"}
@@ -158,7 +160,9 @@ def test_requests_are_added_to_a_finished_stream(recipe, tmp_path, monkeypatch):
     execute(recipe.parent / "longer.yaml", tmp_path / "fresh")
     assert outcome(tmp_path / "out")["files"] == outcome(tmp_path / "fresh")["files"]
     assert states(tmp_path / "out") == states(tmp_path / "fresh")
-    assert [event["request"] for event in events(tmp_path / "out") if event["event"] == "lifted"] == ["two"]
+    assert [(event["tombstone"], event["by"]) for event in events(tmp_path / "out") if event["event"] == "lifted"] == [
+        ("two", "07-learn-a")
+    ]
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------
@@ -217,9 +221,8 @@ def test_bad_input_is_refused_and_changes_nothing(recipe, tmp_path, what):
 def test_a_data_set_whose_ids_are_not_unique(recipe, tmp_path):
     rows = [{"id": name, "question": f"Q{i}?", "answer": f"A{i}."} for i, name in enumerate(["x", "y", "x"])]
     (recipe.parent / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = refused(
-        recipe, recipe.parent, "  - learn: {task: t, data: t}\n", tmp_path / "out", "data.t.path=./twice.jsonl"
-    )
+    named = f"data.t.path={recipe.parent}/twice.jsonl"
+    found = refused(recipe, "  - learn: {task: t, data: t}\n", tmp_path / "out", named)
     assert "data.t: two rows have the id 'x'" in found and not (tmp_path / "out").exists()
 
 
