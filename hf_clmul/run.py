@@ -30,6 +30,7 @@ from hf_clmul.models import adapters
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan import Step, plan_steps
+from hf_clmul.receipt import receipt
 from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE
@@ -69,7 +70,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
                 loaded = load(recipe.model, texts(whole), derived_seed(recipe.seed, "model"))
             model = loaded.model.to(state.device)
             _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model), began)
-        on_main_first(state, lambda: _close(recipe, folder))
+        on_main_first(state, lambda: _close(recipe, folder, steps))
     return folder.report
 
 
@@ -155,9 +156,12 @@ def _finish(run: Run, began: float) -> None:
     _write_json(run.folder.results, whole)
 
 
-def _close(recipe: Recipe, folder: RunFolder) -> None:
-    """What is shown of a complete run: the report, and the model on the Hub if the recipe wants it there."""
+def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
+    """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
     if not folder.report.is_file():
+        for step in steps:
+            if step.kind == "unlearn":
+                atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
         write_report(folder.root)
     repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
     if repo_id is not None and "pushed" not in done[len(done) - done[::-1].index("exported") :]:

@@ -71,7 +71,7 @@ def test_exactly_the_files_of_the_design(finished):
     # The weights of the learn request, which the unlearn request has trained further, are gone.
     states = {UNLEARN: FULL_STATE if is_full else {f"state/{file}" for file in ADAPTER | {"training.json"}}}
     assert files(finished) == {
-        "recipe.yaml", "ledger.jsonl", "ledger.key", "results.json", "run.lock", "report/report.html",
+        "recipe.yaml", "ledger.jsonl", "ledger.key", "results.json", "run.lock", "report/report.html", "receipts/one.md",
         *(f"base/{name}" for name in STAGE),
         *(f"requests/{request}/{name}" for request in (LEARN, UNLEARN) for name in REQUEST | states.get(request, set())),
         *(f"model/{name}" for name in model | TOKENIZER | {"README.md"}),
