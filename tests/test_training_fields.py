@@ -45,7 +45,18 @@ def test_every_field_of_the_class_is_in_the_table():
 
 def test_fields_of_our_own_are_those_of_the_config():
     config = {field.name: field for field in dataclasses.fields(ClmulConfig)}
-    in_sections = {"learn", "forget", "retain", "memory", "conflict", "teacher", "lookahead", "saliency", "trainable"}
+    in_sections = {
+        "learn",
+        "forget",
+        "retain",
+        "memory",
+        "conflict",
+        "teacher",
+        "lookahead",
+        "saliency",
+        "trainable",
+        "gamma",
+    }
     assert config.keys() - FIELDS.keys() - in_sections == ADDED.keys()
     assert str(config["max_length"].type) == ADDED["max_length"]
     Path("r.yaml").write_text(training("max_length: 512"))
