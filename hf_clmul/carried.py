@@ -34,7 +34,6 @@ class Carried:
     importance: fisher.Importance = field(default_factory=dict)
     tuned: slao.Factors | None = None
     merged: slao.Factors | None = None
-    tasks: int = 0
     targets: dict[str, Targets] = field(default_factory=dict)
 
 
@@ -48,7 +47,7 @@ def for_trainer(run: "Run", step: Step, job: Job) -> dict[str, Any]:
     if shared and _merges(run) and "learn" in job.roles:
         name = adapters.TASK + STREAM
         carried.merged = slao.factors(run.model, name)
-        slao.begin(run.model, name, carried.tuned or {}, carried.tasks + 1)
+        slao.begin(run.model, name, carried.tuned or {}, _number(run, step))
     given: dict[str, Any] = {"teacher_state": carried.teacher} if shared and carried.teacher is not None else {}
     return {**given, "importance": carried.importance if shared else {}}
 
@@ -61,9 +60,8 @@ def trained(run: "Run", step: Step, job: Job, trainer: "ClmulTrainer", rows: Map
     carried.teacher = trainer.teacher_state
     if "learn" not in job.roles:
         return
-    carried.tasks += 1
     if _merges(run):
-        carried.tuned = slao.merge(run.model, adapters.TASK + STREAM, carried.merged, carried.tasks)
+        carried.tuned = slao.merge(run.model, adapters.TASK + STREAM, carried.merged, _number(run, step))
     for wanted in active_penalties(run.recipe.learning.penalties):
         if "importance" in wanted.penalty.needs:
             how = wanted.preparation
@@ -89,7 +87,6 @@ def load(run: "Run", step: Step, job: Job, folder: Path) -> None:
     carried = run.carried
     if not is_shared(job, step):
         return
-    carried.tasks += "learn" in job.roles
     if (folder / EMA).is_file():
         carried.teacher = EmaState.load(folder)
     if (folder / IMPORTANCE).is_file():
@@ -146,6 +143,11 @@ def with_targets(
         stored.attached(one, run.carried.targets[names[id(row)]]) if names.get(id(row)) in run.carried.targets else one
         for row, one in zip(rows, encoded, strict=True)
     ]
+
+
+def _number(run: "Run", step: Step) -> int:
+    """Which of the tasks that share the adapter it learns, counted from 1."""
+    return sum("learn" in job.roles and is_shared(job, s) for s in run.steps[: step.index + 1] for job in s.jobs)
 
 
 def _merges(run: "Run") -> bool:

@@ -138,6 +138,9 @@ def run(
             from hf_clmul.console import print_results
 
             print_results(json.loads((folder / "results.json").read_text("utf-8")))
+        receipts = sorted((folder / "receipts").glob("*.md"))
+        if receipts:
+            say(f"receipts: {', '.join(map(str, receipts[:3]))}" + (f", ... ({len(receipts)})" if receipts[3:] else ""))
         say(f"report: {report_file}")
 
 

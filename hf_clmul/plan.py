@@ -124,7 +124,7 @@ class _Stream:
         rows = select(rows, request.where, f"requests.{i}.learn.where")
         if not rows:  # each value is there, and no row has all of them
             raise RecipeError(f"requests.{i}.learn: the learn set is empty: nothing of {request.data!r} is selected.")
-        self._check_tombstones(rows, request, i)
+        self._check_tombstones(rows, f"requests.{i}.learn", request.lifts)
         self.gone = {text: name for text, name in self.gone.items() if name not in request.lifts}
         label = self._label(f"learn-{request.task}")
         roles = {"learn": rows, "memory": self._replayed(request)}
@@ -241,6 +241,7 @@ class _Stream:
         """What was learned and not forgotten, less isolated tasks, which no other request may meet; or the data named."""
         if request.retain is not None:
             rest = load_examples(self.recipe.data[request.retain], request.retain)
+            self._check_tombstones(rest, f"requests.{i}.unlearn.retain")
         else:
             rest = [row for task in self.tasks.values() if not task.isolated for row in task.rows]
         shared = {content(e) for e in forget} & {content(e) for e in rest}
@@ -270,14 +271,16 @@ class _Stream:
             task.rows = [row for row in task.rows if str(row["id"]) not in ids]
         self.gone |= {content(row): request.name for row in forget}
 
-    def _check_tombstones(self, rows: list[Example], request: Learn, i: int) -> None:
-        """Raises RecipeError for rows that were unlearned, unless the request lifts their tombstone by name."""
-        buried = [row for row in rows if self.gone.get(content(row), "") not in ("", *request.lifts)]
+    def _check_tombstones(self, rows: list[Example], key: str, lifts: Sequence[str] | None = None) -> None:
+        """Raises RecipeError for rows that were unlearned. `lifts` are requests whose rows may come back; None where no request
+        may bring any back."""
+        buried = [row for row in rows if self.gone.get(content(row), "") not in ("", *(lifts or ()))]
         if buried:
             name = self.gone[content(buried[0])]
+            lifted = "" if lifts is None else f", or, if they may come back, say so: `lifts: [{name}]`"
             raise RecipeError(
-                f"requests.{i}.learn: {len(buried)} of its {len(rows)} rows were unlearned by {name!r}, such as "
-                f"{shown(content(buried[0]))}. Leave them out with `where`, or, if they may come back, say so: `lifts: [{name}]`."
+                f"{key}: {len(buried)} of its {len(rows)} rows were unlearned by {name!r}, such as "
+                f"{shown(content(buried[0]))}. Leave them out with `where` or `exclude`{lifted}."
             )
 
     def _memory(self) -> dict[str, list[Example]]:

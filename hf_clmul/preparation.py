@@ -43,8 +43,10 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
             raise ValueError(
                 f"{name} is an edit, which takes no step, so that no {others[0]} term can act: give {others[0]}={{}}."
             )
-        options = {"lookahead": args.lookahead, "saliency": args.saliency, "penalties": args.penalties or None}
-        for option in (option for option, value in options.items() if active.term.edit and value is not None):
+        options = {}
+        if active.term.edit:
+            options = {"lookahead": args.lookahead, "saliency": args.saliency, "penalties": args.penalties or None}
+        for option in (option for option, value in options.items() if value is not None):
             raise ValueError(f"{name} is an edit, which takes no step, so that {option} cannot act: leave it out.")
         if active.term.edit and isinstance(model, PeftModel):
             raise ValueError(

@@ -15,6 +15,7 @@ from hf_clmul.ledger_key import KEY, keyed
 from hf_clmul.ledger_records import APPROXIMATE, CLAIMS, FILTER
 from hf_clmul.recipe_problems import did_you_mean
 
+SHOWN = ("answer_probability", "rouge_l_recall", "extraction_strength")
 SIGNATURE, MEASURED = "## Signature", "## Measured afterwards"
 NO_KEY = "none: the ledger's key was destroyed before this receipt was written"
 _SIGNED = re.compile(
@@ -225,20 +226,27 @@ def _circumstances(records: Sequence[Record], erased: Record) -> list[str]:
 
 
 def _measured(root: Path, erased: Record) -> list[str]:
-    """Metrics just before and after the request, from results.json."""
-    stages = (read_results(root) or {}).get("stages") or []
+    """Of what was erased, and of what each task keeps: the base model's figure, those just before and after the request."""
+    results = read_results(root) or {}
+    stages = results.get("stages") or []
     at = next((i for i, stage in enumerate(stages) if stage["stage"] == erased["name"]), None)
     if not at:  # the first stage is the base model
         return [MEASURED, "", "Nothing: the run's results do not hold this request.", ""]
-    lines = [MEASURED, "", "| examples | metric | before | after |", "|---|---|---|---|"]
-    for part in ("groups", "tasks"):
-        before, after = ((stages[i].get(part) or {}) for i in (at - 1, at))
-        for group, found in after.items():
-            earlier = (before.get(group) or {}).get("metrics") or {}
-            lines += [
-                f"| {group} | {metric} | {_figure(earlier.get(metric))} | {_figure(value)} |"
-                for metric, value in found["metrics"].items()
-            ]
+    lines = [MEASURED, "", "| examples | metric | base model | before | after |", "|---|---|---|---|---|"]
+    columns = (results.get("stream") or {}).get("columns") or []
+    mine = [column["name"] for column in columns if at in column["forgotten"]]
+    kept = [
+        column["name"]
+        for column in columns
+        if not any(t <= at for t in column["forgotten"]) and min(column["learned"]) <= at
+    ]
+    of_group = [("erased", "groups", "forget"), ("kept", "groups", "retain")] if not columns else []
+    shown = [*of_group, *(("erased", "tasks", name) for name in mine), *(("kept", "tasks", name) for name in kept)]
+    for what, part, name in shown:
+        three = [((stages[i].get(part) or {}).get(name) or {}).get("metrics") or {} for i in (0, at - 1, at)]
+        for metric in [metric for metric in SHOWN if metric in three[2]]:
+            figures = " | ".join(_figure(found.get(metric)) for found in three)
+            lines.append(f"| {what}: {name} | {metric} | {figures} |")
     return [*lines, ""]
 
 

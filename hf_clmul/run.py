@@ -3,6 +3,7 @@ Knows all rooms by their doors; mathematics and file formats live elsewhere."""
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -29,13 +30,14 @@ from hf_clmul.models import adapters
 from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan import Step, plan_steps
+from hf_clmul.receipt import receipt
 from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE
 from hf_clmul.report import write_report
 from hf_clmul.results import record, reference_of, shared
 from hf_clmul.run_folder import COMPLETE, RunFolder, recipe_sha256
-from hf_clmul.run_ledger import RunLedger
+from hf_clmul.run_ledger import RunLedger, check_ledger
 from hf_clmul.run_log import quiet_libraries
 from hf_clmul.run_request import Run, carry_out, on_main_first, prepare, superseded
 from hf_clmul.run_stages import measure_stage
@@ -56,18 +58,19 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         wait = timedelta(seconds=max(training.get("ddp_timeout", 1800) for training in trainings))
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
+        _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, steps)
         chosen, how = evaluated(recipe, steps, whole), _measuring(recipe)
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how)])
         on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
-        on_main_first(state, lambda: folder.check(recipe, steps, measured))
+        on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
                 loaded = load(recipe.model, texts(whole), derived_seed(recipe.seed, "model"))
             model = loaded.model.to(state.device)
             _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model), began)
-        on_main_first(state, lambda: _close(recipe, folder))
+        on_main_first(state, lambda: _close(recipe, folder, steps))
     return folder.report
 
 
@@ -77,6 +80,7 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
 
     with quiet_libraries():
         steps = plan_steps(recipe)
+        _wanted(recipe, steps)
         return estimate(recipe, steps, texts(groups(recipe, steps)))
 
 
@@ -135,7 +139,7 @@ def _settle(run: Run, step: Step, base: str) -> None:
 
 def _finish(run: Run, began: float) -> None:
     """The export, then the final record: from then on the run is complete."""
-    wanted = _wanted(run)
+    wanted = _wanted(run.recipe, run.steps)
     public = shared(_record(run, COMPLETE, began), run.recipe)
     card = model_card(public, dump_recipe(run.recipe, shared=True), wanted.kind, run.loaded.base)
     some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
@@ -152,9 +156,12 @@ def _finish(run: Run, began: float) -> None:
     _write_json(run.folder.results, whole)
 
 
-def _close(recipe: Recipe, folder: RunFolder) -> None:
-    """What is shown of a complete run: the report, and the model on the Hub if the recipe wants it there."""
+def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
+    """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
     if not folder.report.is_file():
+        for step in steps:
+            if step.kind == "unlearn":
+                atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
         write_report(folder.root)
     repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
     if repo_id is not None and "pushed" not in done[len(done) - done[::-1].index("exported") :]:
@@ -182,24 +189,28 @@ def _write_json(path: Path, content: Any) -> None:
     atomic_write(path, json.dumps(content, indent=1) + "\n")
 
 
-def _wanted(run: Run) -> Wanted:
-    """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names."""
-    last, chosen = run.steps[-1], run.recipe.export.tasks
+def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
+    """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names, with what unlearns
+    from the base. Raises RecipeError for a task that is gone by then."""
+    last, chosen = steps[-1], recipe.export.tasks
     each = {name: (name,) for name in last.stack} | dict(last.own)
     if chosen is not None and (gone := [name for name in chosen if name not in each]):
         raise RecipeError(
             f"export.tasks: of task {gone[0]!r} no adapter is left to export; there are {', '.join(each) or 'none'}."
         )
     shared_stack = {name: each[name] for name in last.stack} or each
-    parts = [part for name in (chosen or shared_stack) for part in each[name]]
-    # What the base knew is unlearned by an adapter; one that could be switched off would be a filter.
-    erases = any(
-        isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
-        for step in run.steps
-    )
+    # What the base knew is unlearned by an adapter; one that could be switched off, or left out, would be a filter.
+    erases = [
+        job.adapter
+        for step in steps
+        if isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
+        for job in step.jobs
+        if job.adapter is not None
+    ]
+    parts = [part for name in dict.fromkeys([*(chosen or shared_stack), *erases]) for part in each[name]]
     named = {name: tuple(adapters.TASK + part for part in own) for name, own in each.items()}
     return Wanted(
-        tuple(adapters.TASK + part for part in parts), named, bool(parts) and (run.recipe.export.merge or erases)
+        tuple(adapters.TASK + part for part in parts), named, bool(parts) and (recipe.export.merge or bool(erases))
     )
 
 

@@ -33,6 +33,7 @@ class RunFolder:
         self.root = root
         self.recipe, self.results, self.ledger = root / "recipe.yaml", root / "results.json", root / "ledger.jsonl"
         self.model, self.adapters, self.memory = root / "model", root / "adapters", root / "memory"
+        self.receipts = root / "receipts"
         self.base, self.requests = root / "base", root / "requests"
         self.report = root / "report" / "report.html"
 

@@ -7,6 +7,7 @@ from hf_clmul import ledger
 from hf_clmul.data.sources import Example, content
 from hf_clmul.exactness import closure
 from hf_clmul.hashes import file_hashes
+from hf_clmul.ledger_files import remembered_head
 from hf_clmul.ledger_key import keyed
 from hf_clmul.ledger_records import (
     check_refused,
@@ -182,6 +183,14 @@ class RunLedger:
             for job in step.jobs:
                 found[job.adapter or ""] = self._name(self.folder.state(step, job))
         return found
+
+
+def check_ledger(folder: RunFolder) -> None:
+    """Raises RunError, before anything is changed, for a ledger that was edited or cut, or whose key is gone."""
+    if folder.ledger.is_file():
+        events = ledger.verify(folder.ledger, remembered_head(folder.root))
+        if events:
+            open_key(folder.ledger, events)
 
 
 def _rows(rows: list[Example]) -> dict[str, str]:

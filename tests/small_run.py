@@ -41,6 +41,23 @@ evaluation: {held_out: strangers, max_examples: 2, max_new_tokens: 4, samples: 1
 LORA = FULL.replace("{scratch: {vocab_size: 300, layers: 1, hidden: 32, heads: 2}}", "{path: ./base}\n"
                     "adapter: {r: 2, alpha: 4, dropout: 0.2}").replace("name: small", "name: small-lora")  # fmt: skip
 
+_START, _END = LORA.index("requests:"), LORA.index("learning:")
+# Three tasks of eight rows and a divided one; all that a stream can do with them, and what happens to each.
+STREAM_REQUESTS = """\
+  - learn: {task: a, data: people, where: {person: P01}}
+  - learn: {task: secret, data: people, where: {person: P02}, isolated: true}
+  - learn: {task: b, data: people, where: {person: P03}}
+  - learn: {task: parts, data: people, where: {person: P04}, isolated: true, shards: 2, slices: 2}
+  - unlearn: {name: gone, from: secret}
+  - unlearn: {name: one, from: parts, ids: [P04-2]}
+  - unlearn: {name: two, from: a, ids: [P01-1, P01-3]}
+"""
+STREAM = (
+    LORA[:_START].replace("persons: 2", "persons: 4") + f"requests:\n{STREAM_REQUESTS}memory: {{size: 6}}\n"
+    + LORA[_END:].replace("learning: {training", "learning: {memory: {nll: {}}, training", 1)
+    .replace("num_train_epochs: 2", "num_train_epochs: 1").replace("max_steps: 4", "max_steps: 3")
+)  # fmt: skip
+
 
 def save_base(folder: Path) -> Path:
     """A base model and its tokenizer, as a user has them on disk."""
@@ -51,12 +68,12 @@ def save_base(folder: Path) -> Path:
 
 
 def write_recipe(folder: Path, kind: str, *changes: tuple[str, str]) -> Path:
-    """`recipe.yaml` in `folder`, of the kind "full" or "lora", and the base that it names."""
-    text = {"full": FULL, "lora": LORA}[kind]
+    """`recipe.yaml` in `folder`, of the kind "full", "lora" or "stream", and the base that it names."""
+    text = {"full": FULL, "lora": LORA, "stream": STREAM}[kind]
     for old, new in changes:
         assert text.count(old) == 1, f"{old!r} must stand once in the recipe"
         text = text.replace(old, new)
-    if kind == "lora" and not (folder / "base").exists():
+    if kind != "full" and not (folder / "base").exists():
         save_base(folder / "base")
     (folder / "recipe.yaml").write_text(text)
     return folder / "recipe.yaml"
@@ -78,11 +95,13 @@ def execute(recipe: Path, out: Path, *overrides: str) -> Path:
 
 def outcome(root: Path) -> dict[str, Any]:
     """What must be the same bit for bit, however often a run was killed."""
-    files = {path.relative_to(root).as_posix(): path.read_bytes() for part in ("model", "adapters")
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for part in ("model", "adapters", "memory")
              for path in sorted((root / part).rglob("*")) if path.is_file() and path.name != "README.md"}  # fmt: skip
     results = json.loads((root / "results.json").read_text())
     metrics = {f"{stage['stage']}/{group}/{name}": value for stage in results["stages"]
                for group, found in stage["groups"].items() for name, value in found["metrics"].items()}  # fmt: skip
+    metrics |= {f"{stage['stage']}/{name}": found["metrics"] for stage in results["stages"]
+                for name, found in stage["tasks"].items()}  # fmt: skip
     samples = {stage["stage"]: [found["samples"] for found in stage["groups"].values()] for stage in results["stages"]}
     return {"files": files, "metrics": metrics, "samples": samples, "steps": [s["steps"] for s in results["stages"]]}
 
@@ -137,9 +156,9 @@ def in_ledger(event: str) -> None:
     """Dies in the middle of writing a line."""
     whole = ledger.append
 
-    def append(path: Path, kind: str, **details: Any) -> None:
-        if kind != event:
-            return whole(path, kind, **details)
+    def append(path: Path, name: str, /, **details: Any) -> None:
+        if name != event:
+            return whole(path, name, **details)
         with open(path, "a") as file:
             file.write('{"n": 99, "time": "20')
         return die()

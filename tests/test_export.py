@@ -180,3 +180,122 @@ def test_a_state_comes_back_to_the_bit_with_what_was_noted(base, tmp_path, whole
     assert [p.requires_grad for p in fresh.parameters()] == flags
     assert json.loads((tmp_path / "state/training.json").read_text()) == {"steps": 3}
     assert (tmp_path / "state/more.txt").read_text() == "kept beside"
+
+
+# ---- of several adapters -------------------------------------------------------------------------------------
+
+
+NAMES = ["task_people", "task_cities", "task_secretS0R0", "task_secretS0R1"]
+
+
+def several(base: Path) -> tuple[Loaded, PeftModel]:
+    """Two adapters of a stack and the two of a divided, isolated task, all of which do something."""
+    options = {"revision": None, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    for i, name in enumerate(NAMES):
+        config = adapters.lora_config(model, 2 + i, 8, 0.1, "all-linear", "all")
+        model = adapters.attach(model, config, name, i)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    adapters.activate(model, NAMES[:2], NAMES[1])
+    return Loaded(model, AutoTokenizer.from_pretrained(base), str(base), options), model
+
+
+def alone(model: PeftModel, *names: str) -> torch.Tensor:
+    with adapters.serving(model, names):
+        return logits(model)
+
+
+EACH = {"people": tuple(NAMES[:1]), "cities": tuple(NAMES[1:2]), "secret": tuple(NAMES[2:])}
+
+
+def test_a_stack_is_exported_as_one_adapter_and_each_task_by_itself(base, tmp_path):
+    loaded, model = several(base)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = export(loaded, model, RunFolder(tmp_path), Wanted(tuple(NAMES[:2]), EACH), "# card", PROBE)
+    assert (found["kind"], found["tolerance"]) == ("combined", exporting.TOLERANCE[torch.float32])
+    assert 0 <= found["max_difference"] <= 1e-4
+    for folder, names, tolerance in (
+        ("model", NAMES[:2], 1e-4), ("adapters/people", NAMES[:1], 0), ("adapters/cities", NAMES[1:2], 0),
+        ("adapters/secret", NAMES[2:], 1e-4),
+    ):  # fmt: skip
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / folder)
+        assert list(plain.peft_config) == ["default"]
+        expected = alone(model, *names)
+        torch.testing.assert_close(logits(plain), expected, atol=tolerance, rtol=0)
+        assert not torch.allclose(expected, alone(model), atol=1e-2), "it does something"
+    ranks = {name: json.loads((tmp_path / name / "adapter_config.json").read_text())["r"]
+             for name in ("model", "adapters/people", "adapters/cities", "adapters/secret")}  # fmt: skip
+    assert ranks == {"model": 2 + 3, "adapters/people": 2, "adapters/cities": 3, "adapters/secret": 4 + 5}
+    # The live model has no adapter more, none less, and trains what it trained.
+    assert list(model.peft_config) == NAMES and adapters.active(model) == NAMES[:2]
+    assert adapters.trained(model) == NAMES[1] and adapters.trains_alone(model, NAMES[1])
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_the_order_of_adapters_in_a_combination_is_no_chance(base, tmp_path):
+    """Two processes write the same bytes."""
+    for name in ("one", "two"):
+        loaded, model = several(base)
+        export(loaded, model, RunFolder(tmp_path / name), Wanted(tuple(NAMES[:2]), EACH), "", PROBE)
+    assert names(tmp_path / "one") == names(tmp_path / "two")
+    assert all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in names(tmp_path / "one")
+    )
+
+
+def test_a_stack_is_merged_whole_and_leaves_its_parts_by_themselves(base, tmp_path):
+    loaded, model = several(base)
+    found = export(loaded, model, RunFolder(tmp_path), Wanted(tuple(NAMES[:2]), EACH, merge=True), "", PROBE)
+    assert found["kind"] == "merged"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(plain), alone(model, *NAMES[:2]), atol=found["tolerance"], rtol=0)
+    assert {name for name in names(tmp_path) if name.startswith("adapters/")} == {
+        f"adapters/{task}/adapter_{file}" for task in EACH for file in ("config.json", "model.safetensors")
+    }
+    assert not [name for name in names(tmp_path / "model") if "adapter" in name]
+
+
+def test_one_task_of_several_is_chosen(base, tmp_path):
+    loaded, model = several(base)
+    found = export(loaded, model, RunFolder(tmp_path), Wanted(EACH["secret"], EACH), "", PROBE)
+    assert found["kind"] == "combined"
+    found = export(loaded, model, RunFolder(tmp_path), Wanted(EACH["cities"], EACH), "", PROBE)
+    assert found == {"kind": "adapter", "max_difference": 0.0, "tolerance": 0.0}
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "model")
+    assert torch.equal(logits(plain), alone(model, *EACH["cities"]))
+    for name in (adapters.WEIGHTS, adapters.CONFIG):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "adapters/cities" / name).read_bytes()
+
+
+def test_an_adapter_that_is_gone_is_gone_from_the_folder(base, tmp_path):
+    loaded, model = several(base)
+    export(loaded, model, RunFolder(tmp_path), Wanted(tuple(NAMES[:2]), EACH), "", PROBE)
+    model = adapters.drop(model, list(EACH["secret"]))
+    left = {task: EACH[task] for task in ("people", "cities")}
+    export(loaded, model, RunFolder(tmp_path), Wanted(tuple(NAMES[:2]), left), "", PROBE)
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"people", "cities"}
+
+
+def test_a_combination_that_comes_back_differently_is_not_exported(base, tmp_path, monkeypatch):
+    loaded, model = several(base)
+    together = adapters.together
+
+    def without_the_first(model: PeftModel, parts: list[str], name: str) -> None:
+        together(model, list(parts)[1:], name)
+
+    monkeypatch.setattr(adapters, "together", without_the_first)
+    with pytest.raises(RunError, match="the exported model differs from the trained one by .* was not replaced"):
+        export(loaded, model, RunFolder(tmp_path), Wanted(tuple(NAMES[:2]), EACH), "", PROBE)
+    assert names(tmp_path) == set() and list(model.peft_config) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("parts", "merge", "kind"),
+    [((), False, "full"), (("a",), False, "adapter"), (("a", "b"), False, "combined"), (("a", "b"), True, "merged")],
+)
+def test_the_kind_of_an_export(parts, merge, kind):
+    assert Wanted(parts, {}, merge).kind == kind

@@ -39,8 +39,12 @@ def test_a_receipt_holds_who_what_when_and_the_hashes(bed):
     bed.results(stages=[
         {"stage": "base", "groups": {}},
         {"stage": "00-learn-people", "groups": {"forget": {"metrics": {"rouge_l_recall": 0.97}}}},
-        {"stage": "01-unlearn-two", "groups": {"forget": {"metrics": {"rouge_l_recall": 0.3125, "truth_ratio": None}}},
-         "tasks": {"people": {"examples": 2, "metrics": {"rouge_l_recall": 0.5}}}}])  # fmt: skip
+        {"stage": "01-unlearn-two", "groups": {"forget": {"metrics": {"rouge_l_recall": 0.3125, "truth_ratio": 0.5}}},
+         "tasks": {"people": {"examples": 2, "metrics": {"rouge_l_recall": 0.5}},
+                   "two": {"examples": 2, "metrics": {"rouge_l_recall": 0.25}}}}],
+        stream={"columns": [
+            {"name": "people", "kind": "task", "task": "people", "learned": [1], "forgotten": []},
+            {"name": "two", "kind": "forgotten", "task": "people", "learned": [1], "forgotten": [2]}]})  # fmt: skip
     text = receipt(bed.root, "two")
     event = ledger.records(bed.path)[-1]
     ((name, digest),) = deleted.items()
@@ -52,8 +56,8 @@ def test_a_receipt_holds_who_what_when_and_the_hashes(bed):
         f"Before and after the same weights, SHA-256 {BASE}.", f"- event: {event['n']}",
         f"- hash of its line: {event['hash']}", f"- events then: {event['n'] + 1}",
         f"- hash of the last line then: {event['hash']}", f"- recipe SHA-256: {'5e' * 32}",
-        "- versions: hf_clmul 0.1, torch 2.13", "| forget | rouge_l_recall | 0.9700 | 0.3125 |",
-        "| forget | truth_ratio | - | - |", "| people | rouge_l_recall | - | 0.5000 |",
+        "- versions: hf_clmul 0.1, torch 2.13", "| erased: two | rouge_l_recall | - | - | 0.2500 |",
+        "| kept: people | rouge_l_recall | - | - | 0.5000 |",
         f"- Merkle root of the sorted hashes: {event['merkle_root']}",
         *(f"- {keyed(bed.key, content(PEOPLE[row]))}" for row in GONE)]:  # fmt: skip
         assert text.splitlines().count(line) == 1 or line in (f"- {STATE}",), line
