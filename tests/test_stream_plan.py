@@ -220,8 +220,8 @@ def test_what_was_unlearned_is_not_learned_again_unless_its_tombstone_is_lifted(
     first = [learn("a"), unlearn("gone", "a", "ids: [A2, A3]"), learn("b")]
     assert message(*first, learn("a")) == (
         "requests.3.learn: 2 of its 6 rows were unlearned by 'gone', such as "
-        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where`, or, if they may come back, '
-        "say so: `lifts: [gone]`."
+        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where` or `exclude`, or, if they may come '
+        "back, say so: `lifts: [gone]`."
     )
     left_out = planned(*first, "learn: {task: a, data: people, where: {id: [A0, A1, B0]}}")
     assert ids(left_out[3].roles["learn"]) == "A0 A1 B0" and set(left_out[3].gone.values()) == {"gone"}
