@@ -197,6 +197,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "two requests with one name": (A + "  - unlearn: {name: x, from: a, ids: [P01-1]}\n"
                                    "  - unlearn: {name: x, from: a, ids: [P01-2]}\n", (), "the name 'x' is that of requests.1"),
     "a task called base": (learn("base", "P01"), (), "'base' stands for what the model knew before"),
+    "the name of an adapter that unlearns": (learn("unlearn-x", "P01"), (), "could be the name of an adapter that unlearns"),
     "the name of the one adapter": (learn("stream", "P01"), ("adapter.strategy=single",), "names the adapter of all tasks"),
     "a filter on a task": (A + "  - unlearn: {name: x, from: a, filter: true}\n", (), "a filter is an adapter of its own"),
     "rows of the base by id": (A + "  - unlearn: {name: x, from: base, ids: [P01-1]}\n", (), "the base model has no rows"),

@@ -219,8 +219,8 @@ def test_what_was_unlearned_is_not_learned_again_unless_its_tombstone_is_lifted(
     first = [learn("a"), unlearn("gone", "a", "ids: [A2, A3]"), learn("b")]
     assert message(*first, learn("a")) == (
         "requests.3.learn: 2 of its 6 rows were unlearned by 'gone', such as "
-        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where`, or, if they may come back, '
-        "say so: `lifts: [gone]`."
+        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where` or `exclude`, or, '
+        "if they may come back, say so: `lifts: [gone]`."
     )
     left_out = planned(*first, "learn: {task: a, data: people, where: {id: [A0, A1, B0]}}")
     assert ids(left_out[3].roles["learn"]) == "A0 A1 B0" and set(left_out[3].gone.values()) == {"gone"}
@@ -392,3 +392,21 @@ def test_rows_of_an_isolated_task_that_were_kept_elsewhere_are_known_to_have_bee
     write("world.jsonl", [row("B", 1, "w")])
     kept = [learn("b", ISOLATED), learn("a"), unlearn("some", "a", "ids: [A0]", "retain: world")]
     assert "were learned outside 'b' too" in message(*kept, unlearn("gone", "b"))
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_no_row_with_a_forgotten_text_may_stay_anywhere(isolated):
+    """Neither in its own task, under another id, nor in one that no retain term would meet."""
+    no_retain = "unlearning: {retain: {}}"
+    write("twins.jsonl", [row("B", 1), row("B", 2), row("B", 1, "twin")])
+    twins = f"learn: {{task: t, data: twins{', ' + ISOLATED if isolated else ''}}}"
+    with pytest.raises(
+        RecipeError, match=r"^requests.1.unlearn: 1 rows that stay in 't' .* such as 'twin'.* in this request too"
+    ):
+        plan_steps(recipe(twins, unlearn("x", "t", "ids: [B1]"), more=no_retain))
+    whole = plan_steps(recipe(twins, unlearn("x", "t", "ids: [B1, twin]"), more=no_retain))
+    assert ids(whole[1].roles["forget"]) == "B1 twin"
+    with pytest.raises(
+        RecipeError, match="^requests.2.unlearn: 2 rows that stay in 't' .* such as 'B1'.* one of the two"
+    ):
+        plan_steps(recipe(twins, learn("b"), unlearn("x", "b", "ids: [B1]"), more=no_retain))
