@@ -31,8 +31,8 @@ class _Made:
 def descendants(events: Sequence[Event]) -> list[Descendant]:
     """Descendants of tombstoned examples, by the newest record of each artefact.
 
-    Of an artefact's parents, `data/TASK` gives the task's examples as recorded last, without those whose erasure had
-    begun; another artefact gives all that it descends from itself.
+    Of an artefact's parents, `data/TASK` gives all examples that the task was recorded with, without those whose erasure
+    had begun; another artefact gives all that it descends from itself.
     """
     stones = tombstones(events)
     began, claims = {}, {}
@@ -76,7 +76,8 @@ def _made(events: Sequence[Event], examples: Collection[str]) -> dict[str, _Made
             case "lifted":
                 gone = {example: request for example, request in gone.items() if request != event["tombstone"]}
             case "data":
-                tasks[DATA + event["task"]] = wanted.intersection(event["examples"])
+                name = DATA + event["task"]
+                tasks[name] = tasks.get(name, frozenset()) | wanted.intersection(event["examples"])
             case "derived":
                 made[event["artefact"]] = _Made(i, event["kind"], _rows_of(event["parents"], tasks, gone, made))
     return made

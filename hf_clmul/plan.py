@@ -16,7 +16,7 @@ from hf_clmul.data.sources import Example, content, load_examples, select, shown
 from hf_clmul.errors import RecipeError
 from hf_clmul.hashes import digest
 from hf_clmul.recipe_schema import Learn, Recipe, Unlearn
-from hf_clmul.recipe_streams import BASE, STREAM
+from hf_clmul.recipe_streams import BASE, OF_BASE, STREAM
 
 Roles = dict[str, list[Example]]
 
@@ -152,6 +152,7 @@ class _Stream:
             met = self._met_elsewhere(request, i, forget)
             jobs, removed = self._without(request, task, forget)
             self._forgotten(request, forget)
+            self._check_left(request, i, forget)
             how = APPROXIMATE if met else EXACT_BY_RETRAINING if jobs else EXACT_BY_DELETION
             self._add(i, name, request, {"forget": forget}, jobs, how, removed)
             return
@@ -162,7 +163,8 @@ class _Stream:
             "retain": self._to_retain(i, request, forget) if unlearning.retain else [],
             "memory": _flat(self._memory()) if unlearning.memory else [],
         }
-        own = f"unlearn-{request.name}" if request.from_task == BASE else request.from_task
+        self._check_left(request, i, forget)
+        own = f"{OF_BASE}{request.name}" if request.from_task == BASE else request.from_task
         how = FILTER if request.filter else APPROXIMATE
         self._add(i, name, request, roles, [self._shared_job(label, roles, i, self._shared_adapter(own))], how)
 
@@ -240,7 +242,6 @@ class _Stream:
         """What was learned and not forgotten, less isolated tasks, which no other request may meet; or the data named."""
         if request.retain is not None:
             rest = load_examples(self.recipe.data[request.retain], request.retain)
-            self._check_tombstones(rest, f"requests.{i}.unlearn.retain")
         else:
             rest = [row for task in self.tasks.values() if not task.isolated for row in task.rows]
         shared = {content(e) for e in forget} & {content(e) for e in rest}
@@ -250,6 +251,7 @@ class _Stream:
                 f"{shown(next(iter(shared)))}. The same text cannot be forgotten and kept: remove duplicates "
                 f"from the data, or widen `{'data' if request.data is not None else 'where'}`."
             )
+        self._check_tombstones(rest, f"requests.{i}.unlearn.retain")
         return rest
 
     def _met_elsewhere(self, request: Unlearn, i: int, forget: list[Example]) -> bool:
@@ -270,6 +272,22 @@ class _Stream:
                     f"duplicates from the data{remedy}."
                 )
         return any(content(row) in self.met for row in forget)
+
+    def _check_left(self, request: Unlearn, i: int, forget: list[Example]) -> None:
+        """Raises RecipeError for rows that stay in a task, this one or another, with a text that is forgotten: they would be
+        replayed, retained, or left in an adapter that nobody touches."""
+        gone, of = {content(row) for row in forget}, self.tasks.get(request.from_task)
+        # From a shared task first, from an isolated one next, where its adapter can be deleted.
+        touched = {name: task for name, task in self.tasks.items() if not task.isolated or task is of}
+        for name, task in touched.items():
+            if left := [row for row in task.rows if content(row) in gone]:
+                remedy = "leave them out of one of the two (`exclude` in its data section)"
+                if name == request.from_task:
+                    remedy = "name them in this request too, or remove duplicates from the data"
+                raise RecipeError(
+                    f"requests.{i}.unlearn: {len(left)} rows that stay in {name!r} have the text of rows to forget, such as "
+                    f"{left[0]['id']!r}. The same text cannot be forgotten and kept: {remedy}."
+                )
 
     def _forgotten(self, request: Unlearn, forget: list[Example]) -> None:
         ids = {str(row["id"]) for row in forget}

@@ -12,6 +12,8 @@ from hf_clmul.recipe_yaml import Tree
 
 BASE = "base"
 """In place of a task: what the model knew before the first request."""
+OF_BASE = "unlearn-"
+"""Before a request's name: the adapter that unlearns from the base."""
 STREAM = "stream"
 """The one adapter of all tasks, where they share one."""
 
@@ -85,6 +87,9 @@ def _check_task(
         check_name(tree, (*key, "lifts", j), unlearned, "unlearn request before this one", problems)
     if task == BASE:
         problems.at(tree, (*key, "task"), f"'{BASE}' stands for what the model knew before", hint="take another name")
+    if isinstance(task, str) and task.startswith(OF_BASE):
+        what = f"'{task}' could be the name of an adapter that unlearns from the base"
+        problems.at(tree, (*key, "task"), what, hint=f"take a name that does not begin with '{OF_BASE}'")
     if task == STREAM and tree.get("adapter", "strategy") in ("single", "slao"):
         problems.at(tree, (*key, "task"), f"'{STREAM}' names the adapter of all tasks", hint="take another name")
     if not isinstance(task, str) or task not in learned:

@@ -128,9 +128,10 @@ def _settle(run: Run, step: Step, base: str) -> None:
         run.folder.clear_checkpoints(step, job)
     for earlier, job in superseded(run, step):
         deleted |= run.folder.clear_state(earlier, job)
-    for earlier, job in [(s, j) for s in run.steps[: step.index] for j in s.jobs if step.jobs]:
-        for path in carried.outdated(run.folder.state(earlier, job)):
-            path.unlink()
+    if any(carried.is_shared(job, step) for job in step.jobs):  # an isolated task hands nothing on
+        for earlier, job in [(s, j) for s in run.steps[: step.index] for j in s.jobs]:
+            for path in carried.outdated(run.folder.state(earlier, job)):
+                path.unlink()
     if step.kind == "unlearn":
         record = run.folder.result(step)
         now = adapters.base_sha256(run.model) if isinstance(run.model, PeftModel) else base

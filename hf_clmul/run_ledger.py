@@ -6,7 +6,7 @@ from typing import Any
 from hf_clmul import ledger
 from hf_clmul.data.sources import Example, content
 from hf_clmul.exactness import closure
-from hf_clmul.hashes import file_hashes
+from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.ledger_files import remembered_head
 from hf_clmul.ledger_key import keyed
 from hf_clmul.ledger_records import (
@@ -85,14 +85,17 @@ class RunLedger:
             split=source.split,
             columns=columns_of(rows),
         )
-        if not any(event["event"] == "data" and event["merkle_root"] == record["merkle_root"] for event in events):
+        of_task = [event for event in events if event["event"] == "data" and event["task"] == request.task]
+        if not of_task or of_task[-1]["merkle_root"] != record["merkle_root"]:
             ledger.append(self.path, "data", **record)
 
     def training(self, step: Step, job: Job | None, sha256: str, resumed: bool, why: str) -> None:
         """A training begins or goes on; None for a deletion, which needs none."""
         trains = {} if job is None else {"part": job.part, "adapter": job.adapter, "active": list(job.active)}
+        # A plain hash of a few short rows could be found by guessing, also once the key is destroyed.
+        examples = {role: keyed(self.key, digest(each)) for role, each in step.digests.items()}
         found = request_record(
-            name=step.name, kind=step.kind, resumed=resumed, recipe_sha256=sha256, examples=step.digests,
+            name=step.name, kind=step.kind, resumed=resumed, recipe_sha256=sha256, examples=examples,
             plan={"claim": step.how, "why": why, **trains},
         )  # fmt: skip
         ledger.append(self.path, "request", **found)

@@ -26,6 +26,7 @@ def measure_stage(run: Run, step: Step | None, stage: dict[str, Any]) -> None:
     """
     wanted, before = run.evaluated, run.folder.result(step)
     chosen = digest(wanted.plain())
+    run.state.wait_for_everyone()  # or a slow rank would read what the main one is about to write, and wait for nobody
     again = before is not None and before["measured"] == run.measured
     if again and before["evaluated"] == chosen:
         return

@@ -231,6 +231,14 @@ def test_what_was_made_from_erased_rows_descends_from_them(bed):
     assert "memory" not in found(bed) and found(bed)["model"].after
 
 
+def test_a_task_that_learned_other_rows_later_still_descends_from_its_first(bed):
+    bed.learn()
+    bed.data("people", {"N0": {"id": "N0", "text": "A note about nobody."}})
+    bed.derived("memory", "memory", "data/people")
+    bed.unlearn("approximate")
+    assert found(bed)["memory"].rows == 2
+
+
 def test_parts_trained_again_after_the_request_began_do_not_descend(bed):
     """A kill between, and a second `request` event, change nothing."""
     bed.learn()

@@ -4,14 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import events, execute
+from small_run import STREAM_REQUESTS, events, execute, write_recipe
 from test_exact_deletion import learn, run
 from test_exact_deletion import save_base as base_of
 
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.ledger_key import KEY, keyed
 from hf_clmul.ledger_records import tombstones
+from hf_clmul.plan import plan_steps
 from hf_clmul.receipt import check, receipt
+from hf_clmul.recipe import load_recipe
+from hf_clmul.run_folder import RunFolder
+from hf_clmul.run_ledger import RunLedger
 from hf_clmul.scan import scan
 
 GONE = "  - unlearn: {name: gone, from: secret}\n"
@@ -62,6 +66,25 @@ def test_examples_are_known_by_their_key_alone(stream):
     rows = [json.loads(line) for line in (stream / "memory/rows.jsonl").read_text().splitlines()]
     hashes = {keyed(key, json.dumps({k: row[k] for k in ("question", "answer")}, sort_keys=True)) for row in rows}
     assert len(hashes) == 6 and not hashes & set(tombstones(events(stream)))
+
+
+def test_no_hash_of_texts_in_the_ledger_can_be_had_without_the_key(stream):
+    """With a few short rows a plain one could be guessed, also after the key is destroyed."""
+    text = (stream / "ledger.jsonl").read_text()
+    plain = [json.loads(path.read_text())["examples"] for path in stream.glob("requests/*/settings.json")]
+    assert len(plain) == 5 and not [hash_ for roles in plain for hash_ in roles.values() if hash_ in text]
+
+
+def test_the_data_of_each_task_are_recorded_whatever_others_had_the_same(tmp_path):
+    """And again where a task goes back to rows that it had before; once, however often the request is killed."""
+    base_of(tmp_path / "base")
+    more = learn("b", "P01") + learn("a", "P03") + learn("a", "P01")
+    recipe = load_recipe(write_recipe(tmp_path, "stream", (STREAM_REQUESTS, learn("a", "P01") + more)))
+    steps = plan_steps(recipe)
+    written = RunLedger(recipe, steps, RunFolder(tmp_path))
+    for step in [step for step in steps for _ in range(2)]:
+        written.starting(step)
+    assert [event["task"] for event in named(tmp_path, "data")] == ["a", "b", "a", "a"]
 
 
 def test_the_scan_finds_texts_in_records_only_and_no_weights_of_what_was_erased(stream):

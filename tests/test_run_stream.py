@@ -201,6 +201,7 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "two requests with one name": (A + "  - unlearn: {name: x, from: a, ids: [P01-1]}\n"
                                    "  - unlearn: {name: x, from: a, ids: [P01-2]}\n", (), "the name 'x' is that of requests.1"),
     "a task called base": (learn("base", "P01"), (), "'base' stands for what the model knew before"),
+    "the name of an adapter that unlearns": (learn("unlearn-x", "P01"), (), "could be the name of an adapter that unlearns"),
     "the name of the one adapter": (learn("stream", "P01"), ("adapter.strategy=single",), "names the adapter of all tasks"),
     "an adapter with a task's name": (learn("unlearn-x", "P01") + "  - unlearn: {name: x, from: base, data: strangers}\n", (),
                                       "requests.1.unlearn.name: its adapter would be called 'unlearn-x'"),

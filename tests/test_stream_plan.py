@@ -201,8 +201,10 @@ def test_retain_data_may_be_named():
     assert roles(steps[1]) == {"forget": "A1", "retain": of("W", 0, 1, 2, 3)}
     write("world.jsonl", [row("A", 1, "w")])
     assert message(learn("a"), unlearn("some", "a", "ids: [A1]", "retain: world")).startswith(
-        "requests.1.unlearn.retain: 1 of its 1 rows were unlearned by 'some', such as "
+        "requests.1.unlearn: forget and retain share 1 examples, such as "
     )
+    later = message(learn("a"), unlearn("some", "a", "ids: [A1]"), unlearn("more", "a", "ids: [A2]", "retain: world"))
+    assert later.startswith("requests.2.unlearn.retain: 1 of its 1 rows were unlearned by 'some', such as ")
 
 
 def test_ids_that_are_not_unique_are_refused():
@@ -220,8 +222,8 @@ def test_what_was_unlearned_is_not_learned_again_unless_its_tombstone_is_lifted(
     first = [learn("a"), unlearn("gone", "a", "ids: [A2, A3]"), learn("b")]
     assert message(*first, learn("a")) == (
         "requests.3.learn: 2 of its 6 rows were unlearned by 'gone', such as "
-        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where` or `exclude`, or, if they may come '
-        "back, say so: `lifts: [gone]`."
+        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where` or `exclude`, or, '
+        "if they may come back, say so: `lifts: [gone]`."
     )
     left_out = planned(*first, "learn: {task: a, data: people, where: {id: [A0, A1, B0]}}")
     assert ids(left_out[3].roles["learn"]) == "A0 A1 B0" and set(left_out[3].gone.values()) == {"gone"}
@@ -418,3 +420,21 @@ def test_rows_of_an_isolated_task_that_were_kept_elsewhere_are_known_to_have_bee
     write("world.jsonl", [row("B", 1, "w")])
     kept = [learn("b", ISOLATED), learn("a"), unlearn("some", "a", "ids: [A0]", "retain: world")]
     assert "were learned outside 'b' too" in message(*kept, unlearn("gone", "b"))
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_no_row_with_a_forgotten_text_may_stay_anywhere(isolated):
+    """Neither in its own task, under another id, nor in one that no retain term would meet."""
+    no_retain = "unlearning: {retain: {}}"
+    write("twins.jsonl", [row("B", 1), row("B", 2), row("B", 1, "twin")])
+    twins = f"learn: {{task: t, data: twins{', ' + ISOLATED if isolated else ''}}}"
+    with pytest.raises(
+        RecipeError, match=r"^requests.1.unlearn: 1 rows that stay in 't' .* such as 'twin'.* in this request too"
+    ):
+        plan_steps(recipe(twins, unlearn("x", "t", "ids: [B1]"), more=no_retain))
+    whole = plan_steps(recipe(twins, unlearn("x", "t", "ids: [B1, twin]"), more=no_retain))
+    assert ids(whole[1].roles["forget"]) == "B1 twin"
+    with pytest.raises(
+        RecipeError, match="^requests.2.unlearn: 2 rows that stay in 't' .* such as 'B1'.* one of the two"
+    ):
+        plan_steps(recipe(twins, learn("b"), unlearn("x", "b", "ids: [B1]"), more=no_retain))

@@ -1,0 +1,29 @@
+"""The measuring of a stage, where several processes do it at once."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from hf_clmul.columns import Evaluated
+from hf_clmul.run_stages import measure_stage
+
+
+def test_every_rank_has_read_what_there_is_before_the_main_one_writes(tmp_path: Path):
+    """A stage that measures nothing anew, such as a deletion, is written within milliseconds: a rank that comes later would take
+    it for a finished one and leave before the barrier at the end, where the main one waits for it."""
+    seen: list[str] = []
+
+    def result(step: None) -> None:
+        seen.append("read")
+
+    def wait() -> None:
+        seen.append("wait, written" if (tmp_path / "result.json").exists() else "wait")
+
+    run = SimpleNamespace(
+        evaluated=Evaluated({}, {}, {}, []), measured="m", main=True, versions={}, steps=[],
+        folder=SimpleNamespace(result=result, stage=lambda step: tmp_path), state=SimpleNamespace(wait_for_everyone=wait),
+        recipe=SimpleNamespace(evaluation=SimpleNamespace(samples=1)),
+    )  # fmt: skip
+    measure_stage(run, None, {"stage": "base", "title": "before learning"})
+    assert seen == ["read", "wait", "wait, written"]
+    assert json.loads((tmp_path / "result.json").read_text())["stage"] == "base"
