@@ -9,6 +9,7 @@ from hf_clmul.data.sources import encode_dataset
 from hf_clmul.errors import RecipeError
 from hf_clmul.exactness import exact_instead, why
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
+from hf_clmul.importance import measured
 from hf_clmul.job_steps import draws, optimizer_steps
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load_architecture, make
@@ -16,6 +17,7 @@ from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.trainable import matching
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
+from hf_clmul.objectives.penalties import PENALTIES
 from hf_clmul.plan import Job, Step
 from hf_clmul.preparation import is_random
 from hf_clmul.recipe_schema import Recipe
@@ -106,11 +108,15 @@ def _size(recipe: Recipe, step: Step, job: Job, model: Any) -> dict[str, int]:
     kept = _teacher_is_a_copy(recipe, job)
     kept += "forget" in job.roles and _reinforced(recipe.unlearning.forget) is not None
     choosing, salient = _of_saliency(recipe, job, count, once)
+    importance = _of_importance(recipe, job, model)
     unlearned = active_terms("forget", recipe.unlearning.forget) if "forget" in job.roles else []
     models = 1 + any(is_random(active) for active in unlearned)
     return {
         "trainable_parameters": count,
-        "memory_bytes": models * weights + kept * once + max(choosing, _copies(recipe, job) * once + salient),
+        "memory_bytes": models * weights
+        + kept * once
+        + importance
+        + max(choosing, _copies(recipe, job) * once + salient),
     }
 
 
@@ -139,6 +145,12 @@ def _of_saliency(recipe: Recipe, job: Job, count: int, once: int) -> tuple[int, 
     held = 0 if wanted.train is None else round((1 - wanted.train) * once)
     # The forget gradient, its scores, and these once more in float32, in a row.
     return 2 * once + 4 * count + masks + marked, masks + held
+
+
+def _of_importance(recipe: Recipe, job: Job, model: Any) -> int:
+    """Bytes of what older tasks need of each weight, in float32, where a penalty asks for it."""
+    asks = any("importance" in PENALTIES[name].needs for name in recipe.learning.penalties)
+    return 4 * sum(p.numel() for p in measured(model).values()) if asks and "learn" in job.roles else 0
 
 
 def _teacher_is_a_copy(recipe: Recipe, job: Job) -> bool:

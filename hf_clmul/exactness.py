@@ -80,6 +80,11 @@ def why(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
         return _why_retraining(recipe, step)
     if step.how == FILTER:
         return "an adapter hides what the base still knows; whoever switches it off has it back"
+    if all(job.fresh for job in step.jobs):  # of an isolated task, whose rows a shared one has learned too
+        return (
+            f"{step.request.from_task}'s own adapter goes, or is trained again without these rows, but other weights have met "
+            "them too, so erasure is measured and not proved"
+        )
     if not recipe.unlearning.retain:
         return "no retain term: nothing holds the rest in place"
     if "retain" not in step.roles:

@@ -149,12 +149,11 @@ class _Stream:
             )
         name, label = f"{i:02d}-unlearn-{request.name}", self._label(f"unlearn-{request.name}")
         if task is not None and task.isolated:
-            self._check_isolated(request, i, forget)
+            met = self._met_elsewhere(request, i, forget)
             jobs, removed = self._without(request, task, forget)
             self._forgotten(request, forget)
-            self._add(
-                i, name, request, {"forget": forget}, jobs, EXACT_BY_RETRAINING if jobs else EXACT_BY_DELETION, removed
-            )
+            how = APPROXIMATE if met else EXACT_BY_RETRAINING if jobs else EXACT_BY_DELETION
+            self._add(i, name, request, {"forget": forget}, jobs, how, removed)
             return
         self._forgotten(request, forget)
         unlearning = self.recipe.unlearning
@@ -253,16 +252,24 @@ class _Stream:
             )
         return rest
 
-    def _check_isolated(self, request: Unlearn, i: int, forget: list[Example]) -> None:
-        """Raises RecipeError for rows that another task has met too: to delete the adapter would not erase them."""
+    def _met_elsewhere(self, request: Unlearn, i: int, forget: list[Example]) -> bool:
+        """Whether other weights have met rows of an isolated task, which were unlearned there since.
+
+        Raises RecipeError for rows that another task still holds: to delete the adapter would not erase them.
+        """
         others = [t for name, t in self.tasks.items() if t.isolated and name != request.from_task]
-        met = self.met | {content(row) for task in others for row in task.rows}
-        if found := [row for row in forget if content(row) in met]:
-            raise RecipeError(
-                f"requests.{i}.unlearn: {len(found)} of the rows to forget were learned outside {request.from_task!r} too, such as "
-                f"{shown(content(found[0]))}, so that to delete its adapter would not erase them: remove duplicates from the "
-                "data, or unlearn them from the other task first."
-            )
+        isolated = {content(row) for task in others for row in task.rows}
+        for held, remedy in (
+            (isolated, ""),
+            (self.met - set(self.gone), ", or unlearn them from the other task first"),
+        ):
+            if found := [row for row in forget if content(row) in held]:
+                raise RecipeError(
+                    f"requests.{i}.unlearn: {len(found)} of the rows to forget were learned outside {request.from_task!r} too, "
+                    f"such as {shown(content(found[0]))}, so that to delete its adapter would not erase them: remove "
+                    f"duplicates from the data{remedy}."
+                )
+        return any(content(row) in self.met for row in forget)
 
     def _forgotten(self, request: Unlearn, forget: list[Example]) -> None:
         ids = {str(row["id"]) for row in forget}

@@ -52,6 +52,7 @@ def check_requests(tree: Tree, problems: Problems) -> None:
         if kind == "unlearn":
             _check_source(tree, (*key, "from"), tasks, learned, problems)
             _check_unlearn(tree, key, unlearned, problems)
+            _check_adapter_name(tree, key, tasks.values(), problems)
             _once(tree, (*key, "name"), unlearned, i, problems)
         else:
             check_where(tree, (*key, "where"), "leave it out to learn all rows", problems)
@@ -128,6 +129,14 @@ def _check_unlearn(tree: Tree, key: Key, unlearned: dict[str, int], problems: Pr
         what = "a filter is an adapter of its own above the base"
         hint = f"needs `from: {BASE}` and an `adapter`" if not from_base else "add an `adapter` section"
         problems.at(tree, (*key, "filter"), what, hint=hint)
+
+
+def _check_adapter_name(tree: Tree, key: Key, tasks: Iterable[Any], problems: Problems) -> None:
+    """What is unlearned from the base has an adapter of its own, which must be no task's."""
+    name = f"unlearn-{tree.get(*key, 'name')}"
+    if tree.get(*key, "from") == BASE and tree.get("adapter") is not None and name in tasks:
+        what = f"its adapter would be called '{name}', as that of a task is"
+        problems.at(tree, (*key, "name"), what, hint="take another name")
 
 
 def _check_source(tree: Tree, key: Key, tasks: dict[int, Any], learned: Iterable[str], problems: Problems) -> None:

@@ -36,7 +36,11 @@ def test_a_name_or_names_with_parameters_and_weights():
         ),
         ("retain", {"npo": {}}, "retain: no term 'npo' for this role; there are {retain}."),
         ("forget", {"npo": {"gamma": 1}}, "forget/npo: unknown parameter 'gamma'; there are beta, weight."),
-        ("retain", {"kl": {"beta": 1}}, "retain/kl: unknown parameter 'beta'; there are direction, weight."),
+        (
+            "retain",
+            {"kl": {"beta": 1}},
+            "retain/kl: unknown parameter 'beta'; there are direction, temperature, weight.",
+        ),
     ],
 )
 def test_what_is_unknown_is_named_with_what_is_possible(role, wanted, message):

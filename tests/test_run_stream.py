@@ -202,6 +202,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
                                    "  - unlearn: {name: x, from: a, ids: [P01-2]}\n", (), "the name 'x' is that of requests.1"),
     "a task called base": (learn("base", "P01"), (), "'base' stands for what the model knew before"),
     "the name of the one adapter": (learn("stream", "P01"), ("adapter.strategy=single",), "names the adapter of all tasks"),
+    "an adapter with a task's name": (learn("unlearn-x", "P01") + "  - unlearn: {name: x, from: base, data: strangers}\n", (),
+                                      "requests.1.unlearn.name: its adapter would be called 'unlearn-x'"),
     "a filter on a task": (A + "  - unlearn: {name: x, from: a, filter: true}\n", (), "a filter is an adapter of its own"),
     "rows of the base by id": (A + "  - unlearn: {name: x, from: base, ids: [P01-1]}\n", (), "the base model has no rows"),
     "the export of an unknown task": (A, ("export.tasks=[z]",), "export.tasks.0: unknown task"),

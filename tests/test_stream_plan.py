@@ -11,6 +11,7 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.shards import assign
 from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError
+from hf_clmul.exactness import why
 from hf_clmul.plan import Job, Step, plan_steps
 from hf_clmul.recipe import load_recipe
 from hf_clmul.recipe_schema import Recipe
@@ -200,7 +201,7 @@ def test_retain_data_may_be_named():
     assert roles(steps[1]) == {"forget": "A1", "retain": of("W", 0, 1, 2, 3)}
     write("world.jsonl", [row("A", 1, "w")])
     assert message(learn("a"), unlearn("some", "a", "ids: [A1]", "retain: world")).startswith(
-        "requests.1.unlearn: forget and retain share 1 examples"
+        "requests.1.unlearn.retain: 1 of its 1 rows were unlearned by 'some', such as "
     )
 
 
@@ -219,8 +220,8 @@ def test_what_was_unlearned_is_not_learned_again_unless_its_tombstone_is_lifted(
     first = [learn("a"), unlearn("gone", "a", "ids: [A2, A3]"), learn("b")]
     assert message(*first, learn("a")) == (
         "requests.3.learn: 2 of its 6 rows were unlearned by 'gone', such as "
-        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where`, or, if they may come back, '
-        "say so: `lifts: [gone]`."
+        '{"answer": "Answer A2.", "question": "Who is A, part 2?"}. Leave them out with `where` or `exclude`, or, if they may come '
+        "back, say so: `lifts: [gone]`."
     )
     left_out = planned(*first, "learn: {task: a, data: people, where: {id: [A0, A1, B0]}}")
     assert ids(left_out[3].roles["learn"]) == "A0 A1 B0" and set(left_out[3].gone.values()) == {"gone"}
@@ -386,6 +387,31 @@ def test_an_isolated_task_that_shares_rows_with_another_cannot_be_deleted_exactl
             '{"answer": "Answer B1.", "question": "Who is B, part 1?"}, so that to delete its adapter would not erase them'
         )
         assert planned(*both, unlearn("gone", "b", "ids: [B2]"))[2].how == "exact by partial retraining"
+
+
+@pytest.mark.parametrize("gone", ["", "ids: [B1, B2]"], ids=["deleted", "retrained"])
+def test_rows_that_a_shared_task_has_unlearned_first_can_be_deleted_and_the_claim_is_no_longer_exact(gone):
+    write("twins.jsonl", [row("B", 1, "twin"), row("T", 0)])
+    stream = recipe(
+        learn("b", ISOLATED), "learn: {task: t, data: twins}", unlearn("first", "t", "ids: [twin]"),
+        unlearn("then", "b", *filter(None, [gone])), learn("c"),
+    )  # fmt: skip
+    steps = plan_steps(stream)
+    assert steps[3].how == "approximate" and (steps[3].jobs == ()) is (gone == "")
+    assert why(stream, steps, steps[3]) == (
+        "b's own adapter goes, or is trained again without these rows, but other weights have met them too, so erasure is "
+        "measured and not proved"
+    )
+    others = planned(learn("b", ISOLATED), "learn: {task: t, data: twins}", unlearn("first", "t", "ids: [twin]"),
+                     unlearn("then", "b", "ids: [B2]"))  # fmt: skip
+    assert others[3].how == "exact by partial retraining", "of these rows no other weights know"
+
+
+def test_of_two_isolated_tasks_with_the_same_rows_neither_is_told_to_wait_for_the_other():
+    write("twins.jsonl", [row("B", 1, "twin"), row("T", 0)])
+    both = [learn("b", ISOLATED), f"learn: {{task: t, data: twins, {ISOLATED}}}"]
+    for name, task in (("gone", "b"), ("other", "t")):
+        assert message(*both, unlearn(name, task)).endswith("would not erase them: remove duplicates from the data.")
 
 
 def test_rows_of_an_isolated_task_that_were_kept_elsewhere_are_known_to_have_been_met():

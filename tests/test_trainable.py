@@ -104,7 +104,7 @@ def test_the_teacher_keeps_that_part_only_and_answers_as_before():
     expected = model(ids).logits.detach()
     with only_trainable(model, DOWN):
         teacher = BeforeRequest(model)
-        kept = sum(value.numel() * value.element_size() for _, value in teacher.kept)
+        kept = sum(value.numel() * value.element_size() for _, value in teacher.kept.values())
         assert teacher.copy is None and kept == 2 * 32 * 64 * 4
         storages = [p.data_ptr() for p in model.parameters()]
         with torch.no_grad():
@@ -118,7 +118,7 @@ def test_the_teacher_keeps_that_part_only_and_answers_as_before():
             raise KeyError
         assert torch.equal(model(ids).logits, now) and [p.data_ptr() for p in model.parameters()] == storages
         teacher.release()
-        assert teacher.kept == []
+        assert teacher.kept == {}
 
 
 def test_the_teacher_of_a_part_is_right_through_training(tmp_path):

@@ -56,6 +56,7 @@ def test_fields_of_our_own_are_those_of_the_config():
         "lookahead",
         "saliency",
         "trainable",
+        "gamma",
     }
     assert config.keys() - FIELDS.keys() - in_sections == ADDED.keys()
     assert str(config["max_length"].type) == ADDED["max_length"]
