@@ -15,7 +15,7 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from hf_clmul import carried, ledger
-from hf_clmul.claims import FILTER
+from hf_clmul.claims import EXACT, FILTER
 from hf_clmul.columns import evaluated, groups, texts
 from hf_clmul.data.encoding import encode_prompt
 from hf_clmul.data.roles import derived_seed
@@ -128,6 +128,9 @@ def _settle(run: Run, step: Step, base: str) -> None:
         run.folder.clear_checkpoints(step, job)
     for earlier, job in superseded(run, step):
         deleted |= run.folder.clear_state(earlier, job)
+    if step.how in EXACT:  # what a complete run exported before would outlive the claim until the next export
+        for place in run.ledger.exports_of(run.folder.state(earlier, job) for earlier, job in superseded(run, step)):
+            deleted |= run.folder.delete(place)
     if any(carried.is_shared(job, step) for job in step.jobs):  # an isolated task hands nothing on
         for earlier, job in [(s, j) for s in run.steps[: step.index] for j in s.jobs]:
             for path in carried.outdated(run.folder.state(earlier, job)):

@@ -162,9 +162,14 @@ class RunFolder:
         """Deletes the weights that a training left, and its checkpoints. Returns the deleted files with their hashes."""
         deleted: dict[str, str] = {}
         for place in (self.state(step, job), *self.place(step, job).glob("checkpoint-*")):
-            at = place.relative_to(self.root).as_posix()
-            deleted |= {f"{at}/{name}": hash_ for name, hash_ in file_hashes(place).items()}
-            shutil.rmtree(place, ignore_errors=True)
+            deleted |= self.delete(place)
+        return deleted
+
+    def delete(self, place: Path) -> dict[str, str]:
+        """Deletes a folder, if it is there. Returns the deleted files with their hashes."""
+        at = place.relative_to(self.root).as_posix()
+        deleted = {f"{at}/{name}": hash_ for name, hash_ in file_hashes(place).items()}
+        shutil.rmtree(place, ignore_errors=True)
         return deleted
 
     def _check_ours(self) -> None:

@@ -1,6 +1,8 @@
 """What a run writes into its ledger, and what it asks of it: who is tombstoned. One process calls it. Knows the plan and the
 records of a ledger; nothing of training."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from hf_clmul import ledger
@@ -158,6 +160,13 @@ class RunLedger:
         main = list(last.stack) or [part for parts in last.own.values() for part in parts] or [""]
         self._derived(self.folder.model, "export", [newest[part] for part in main if part in newest], None)
         ledger.append(self.path, "exported", kind=kind, files=file_hashes(self.folder.model))
+
+    def exports_of(self, states: Iterable[Path]) -> list[Path]:
+        """What an earlier complete run exported of these states, and is still there."""
+        names = {self._name(state) for state in states}
+        parents = {event["artefact"]: event["parents"] for event in self.events() if event["event"] == "derived"}
+        places = [self.folder.model, *sorted(self.folder.adapters.glob("*"))]
+        return [place for place in places if place.is_dir() and names & set(parents.get(self._name(place), ()))]
 
     def _derived(self, place: Any, kind: str, parents: list[str], request: str | None) -> None:
         name = self._name(place)

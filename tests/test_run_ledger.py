@@ -68,6 +68,25 @@ def test_examples_are_known_by_their_key_alone(stream):
     assert len(hashes) == 6 and not hashes & set(tombstones(events(stream)))
 
 
+def test_what_was_exported_before_goes_before_the_claim_is_made(tmp_path, monkeypatch):
+    """Or a run that ends before its next export would say of an adapter that is still there that it was deleted."""
+    base_of(tmp_path / "base")
+    secret = learn("secret", "P02", ", isolated: true")
+    root = run(tmp_path, secret, "out")
+    gone = {"adapters/secret/adapter_model.safetensors", "model/adapter_model.safetensors"}
+    assert all((root / name).is_file() for name in gone)
+
+    def killed(*args, **kwargs):
+        raise RunError("killed")
+
+    monkeypatch.setattr("hf_clmul.run.export", killed)
+    with pytest.raises(RunError, match="killed"):
+        run(tmp_path, secret + GONE + learn("a", "P01"), "out")
+    (erased,) = named(root, "erased")
+    assert gone < set(erased["deleted"])
+    assert not (root / "adapters/secret").exists() and not (root / "model").exists()
+
+
 def test_no_hash_of_texts_in_the_ledger_can_be_had_without_the_key(stream):
     """With a few short rows a plain one could be guessed, also after the key is destroyed."""
     text = (stream / "ledger.jsonl").read_text()
