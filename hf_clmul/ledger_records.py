@@ -7,15 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.claims import APPROXIMATE, EXACT, EXACT_BY_DELETION, EXACT_BY_RETRAINING, FILTER
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.ledger_key import KEY, key_id, key_path, keyed, make_key, merkle_root, read_key
 
-EXACT_DELETION, EXACT_RETRAINING = "exact by deletion", "exact by partial retraining"
-APPROXIMATE, FILTER = "approximate", "filter"
 CLAIMS = {
-    EXACT_DELETION: "Everything that was computed from these examples was deleted, and nothing that is left was ever "
+    EXACT_BY_DELETION: "Everything that was computed from these examples was deleted, and nothing that is left was ever "
     "computed from them.",
-    EXACT_RETRAINING: "Everything that was computed from these examples was deleted, and the parts concerned were "
+    EXACT_BY_RETRAINING: "Everything that was computed from these examples was deleted, and the parts concerned were "
     "trained again without them.",
     APPROXIMATE: "The model was trained further so that it no longer shows these examples. Its weights still descend "
     "from them: how little is left of them was measured, and is not proved.",
@@ -220,7 +219,7 @@ def erased_record(
     """
     if claim not in CLAIMS:
         raise ValueError(f"a claim is one of {', '.join(CLAIMS)}, not {claim!r}")
-    if claim in (EXACT_DELETION, EXACT_RETRAINING) and base_before != base_after:
+    if claim in EXACT and base_before != base_after:
         raise ValueError(f"{name}: the base model changed, so its erasure is not {claim}")
     both = sorted(set(deleted) & set(surviving))
     if both:

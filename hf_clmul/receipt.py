@@ -9,10 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.claims import APPROXIMATE, FILTER
 from hf_clmul.errors import RunError
 from hf_clmul.ledger_files import key_of, read_records, read_results
 from hf_clmul.ledger_key import KEY, keyed
-from hf_clmul.ledger_records import APPROXIMATE, CLAIMS, FILTER
+from hf_clmul.ledger_records import CLAIMS
 from hf_clmul.recipe_problems import did_you_mean
 
 SHOWN = ("answer_probability", "rouge_l_recall", "extraction_strength")

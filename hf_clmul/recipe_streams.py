@@ -115,6 +115,11 @@ def _check_isolated(tree: Tree, key: Key, problems: Problems) -> None:
     if tree.get("adapter") is None:
         what = "keeps a task in an adapter of its own, and this recipe trains all weights"
         problems.at(tree, (*key, "isolated"), what, hint="add an `adapter` section")
+    if tree.get("model", "scratch") is not None:
+        what = (
+            "says that to delete a task is exact, and the tokenizer of a model made from scratch learns from all texts"
+        )
+        problems.at(tree, (*key, "isolated"), what, hint="name a model with `model.path`, or remove `isolated`")
     if tree.section(*key, "memory"):
         what = "asks for replay, and an isolated task meets no other task's data"
         problems.at(tree, (*key, "memory"), what, hint="remove it, or `isolated`")

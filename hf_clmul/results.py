@@ -56,7 +56,7 @@ def record(
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "dtype": recipe.model.dtype,
         },
-        "versions": {"hf_clmul": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": versions(),
         "hardware": hardware(parameters[0].device.type, [e["processes"] for e in events if e["event"] == "run"][-1]),
         "seconds": round(_seconds_before(events) + time.time() - began, 3),
         "peak_memory_bytes": peak_memory(),
@@ -77,6 +77,11 @@ def shared(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         "command": shlex.join(words),
         "model": {**results["model"], "path": shared_path(model)},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of Python and of what its numbers depend on."""
+    return {"hf_clmul": __version__, "python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
 
 
 def hardware(device: str, processes: int) -> dict[str, Any]:

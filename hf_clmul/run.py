@@ -35,7 +35,7 @@ from hf_clmul.recipe import dump_recipe
 from hf_clmul.recipe_schema import Recipe, Unlearn
 from hf_clmul.recipe_streams import BASE
 from hf_clmul.report import write_report
-from hf_clmul.results import record, reference_of, shared
+from hf_clmul.results import hardware, record, reference_of, shared, versions
 from hf_clmul.run_folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run_ledger import RunLedger, check_ledger
 from hf_clmul.run_log import quiet_libraries
@@ -93,7 +93,9 @@ def _execute(run: Run, began: float) -> None:
     on_main_first(run.state, lambda: run.folder.begin(run.recipe, run.steps, base))
     if run.main:
         run.ledger = RunLedger(run.recipe, run.steps, run.folder)
-        run.ledger.begun(run.recipe_sha256, base, run.state.num_processes)
+        processes = run.state.num_processes
+        about = {"versions": versions(), "hardware": hardware(run.state.device.type, processes)}
+        run.ledger.begun(run.recipe_sha256, base, processes, **about)
     carried.read_targets(run)
     first = {"title": "before learning", "seconds": 0.0, "steps": 0, "examples": {}, "how": "", "log": None, **base}
     measure_stage(run, None, {"stage": "base", "kind": "base", **first})

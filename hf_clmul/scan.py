@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path, PurePosixPath
 
+from hf_clmul.claims import APPROXIMATE, FILTER
 from hf_clmul.ledger_files import LEDGER, key_of, read_events
 from hf_clmul.ledger_key import KEY
 from hf_clmul.ledger_lineage import Descendant, descendants
-from hf_clmul.ledger_records import APPROXIMATE, FILTER, Event, tombstones
+from hf_clmul.ledger_records import Event, tombstones
 from hf_clmul.scan_text import (
     TEXT_FILES,
     Erased,

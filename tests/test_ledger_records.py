@@ -9,6 +9,7 @@ from ledger_bed import BASE, GONE, LATER, PEOPLE, STATE, Bed, content, contents
 
 from hf_clmul import ledger
 from hf_clmul import ledger_records as records
+from hf_clmul.claims import EXACT_BY_DELETION, EXACT_BY_RETRAINING
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.ledger_key import key_path, keyed, make_key, merkle_root, read_key
 from hf_clmul.ledger_lineage import Descendant, closure, descendants
@@ -149,8 +150,8 @@ def test_the_operator_is_named_or_left_out(monkeypatch):
 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"claim": "perfect"}, "a claim is one of exact by deletion"),
-    ({"claim": records.EXACT_DELETION, "base_after": "00" * 32}, "the base model changed"),
-    ({"claim": records.EXACT_RETRAINING, "base_after": "00" * 32}, "the base model changed"),
+    ({"claim": EXACT_BY_DELETION, "base_after": "00" * 32}, "the base model changed"),
+    ({"claim": EXACT_BY_RETRAINING, "base_after": "00" * 32}, "the base model changed"),
     ({"claim": "approximate", "deleted": {"a": "1"}, "surviving": {"a": "1"}}, "a cannot have been deleted and"),
 ])  # fmt: skip
 def test_an_erasure_that_cannot_be_is_not_written(bed, changed, message):

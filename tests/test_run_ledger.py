@@ -115,6 +115,8 @@ def test_the_scan_finds_texts_in_records_only_and_no_weights_of_what_was_erased(
 
 def test_a_receipt_is_signed_and_true(stream):
     text = receipt(stream, "gone")
+    (began,) = named(stream, "run")
+    assert f"torch {began['versions']['torch']}" in text and began["hardware"]["processes"] == 1
     assert check(stream, text).problems == []
     assert {path.name for path in (stream / "receipts").iterdir()} == {"some.md", "gone.md"}
     assert (stream / "receipts/gone.md").read_text() == text

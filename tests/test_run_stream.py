@@ -192,6 +192,8 @@ BAD: dict[str, tuple[str, tuple[str, ...], str]] = {
     "an isolated task that asks for replay": (A + SECRET.replace("true", "true, memory: {nll: {}}"), (),
                                               "asks for replay, and an isolated task meets no other task's data"),
     "an isolated task without an adapter": (SECRET, ("adapter=null",), "this recipe trains all weights"),
+    "an isolated task whose texts make the tokenizer": (
+        SECRET, ("model={scratch: {vocab_size: 300, layers: 1, hidden: 32, heads: 2}}",), "made from scratch learns from all texts"),
     "an isolated task learned twice": (SECRET + SECRET, (), "is isolated, which is learned once"),
     "shards of a shared task": (learn("a", "P01", ", shards: 2"), (), "divides an isolated task, and this one is not"),
     "a memory of size 0 with terms": (A + B, ("memory.size=0",), "acts on the memory, whose size is 0"),
