@@ -59,6 +59,8 @@ def trained(run: "Run", step: Step, job: Job, trainer: "ClmulTrainer", rows: Map
         return
     carried.teacher = trainer.teacher_state
     if "learn" not in job.roles:
+        if _merges(run):  # or the next task would begin with what is unlearned now
+            carried.tuned = slao.factors(run.model, adapters.TASK + STREAM)
         return
     if _merges(run):
         carried.tuned = slao.merge(run.model, adapters.TASK + STREAM, carried.merged, _number(run, step))

@@ -11,6 +11,7 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import Example, content, load_examples, shown
 from hf_clmul.errors import RecipeError
 from hf_clmul.evaluation.suites import fixed_sample
+from hf_clmul.hashes import digest
 from hf_clmul.plan import Step
 from hf_clmul.recipe_schema import Learn, Recipe
 from hf_clmul.recipe_streams import BASE
@@ -56,6 +57,11 @@ class Evaluated:
 
     def texts(self, column: Column) -> list[str]:
         return [content(row) for row in column.rows]
+
+    def digest(self, column: Column) -> str:
+        """Which rows the column shows. Scores of other rows, as of a stage measured before the recipe grew, are no rows of the
+        same matrix."""
+        return digest([self.key(text) for text in self.texts(column)])
 
     @cached_property
     def _sets(self) -> dict[str, set[str]]:

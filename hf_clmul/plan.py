@@ -125,6 +125,7 @@ class _Stream:
         if not rows:  # each value is there, and no row has all of them
             raise RecipeError(f"requests.{i}.learn: the learn set is empty: nothing of {request.data!r} is selected.")
         self._check_tombstones(rows, f"requests.{i}.learn", request.lifts)
+        self._check_isolation(i, request, rows)
         self.gone = {text: name for text, name in self.gone.items() if name not in request.lifts}
         label = self._label(f"learn-{request.task}")
         roles = {"learn": rows, "memory": self._replayed(request)}
@@ -149,7 +150,7 @@ class _Stream:
             )
         name, label = f"{i:02d}-unlearn-{request.name}", self._label(f"unlearn-{request.name}")
         if task is not None and task.isolated:
-            met = self._met_elsewhere(request, i, forget)
+            met = any(content(row) in self.met for row in forget)  # by other weights, before these rows came here
             jobs, removed = self._without(request, task, forget)
             self._forgotten(request, forget)
             self._check_left(request, i, forget)
@@ -188,7 +189,7 @@ class _Stream:
 
     def _label(self, what: str) -> str:
         self.times[what] += 1
-        return what if self.times[what] == 1 else f"{what}-{self.times[what]}"
+        return what if self.times[what] == 1 else f"{what}#{self.times[what]}"
 
     def _shared_adapter(self, own: str) -> str | None:
         return None if self.recipe.adapter is None else STREAM if self.shares_one else own
@@ -254,32 +255,26 @@ class _Stream:
         self._check_tombstones(rest, f"requests.{i}.unlearn.retain")
         return rest
 
-    def _met_elsewhere(self, request: Unlearn, i: int, forget: list[Example]) -> bool:
-        """Whether other weights have met rows of an isolated task, which were unlearned there since.
-
-        Raises RecipeError for rows that another task still holds: to delete the adapter would not erase them.
-        """
-        others = [t for name, t in self.tasks.items() if t.isolated and name != request.from_task]
-        isolated = {content(row) for task in others for row in task.rows}
-        for held, remedy in (
-            (isolated, ""),
-            (self.met - set(self.gone), ", or unlearn them from the other task first"),
-        ):
-            if found := [row for row in forget if content(row) in held]:
+    def _check_isolation(self, i: int, request: Learn, rows: list[Example]) -> None:
+        """Raises RecipeError where an isolated task and another one would hold the same text."""
+        others = {name: task for name, task in self.tasks.items() if name != request.task}
+        for name, task in others.items():
+            if not (task.isolated or request.isolated):
+                continue
+            held = {content(row) for row in task.rows}
+            if found := [row for row in rows if content(row) in held]:
+                isolated = request.task if request.isolated else name
                 raise RecipeError(
-                    f"requests.{i}.unlearn: {len(found)} of the rows to forget were learned outside {request.from_task!r} too, "
-                    f"such as {shown(content(found[0]))}, so that to delete its adapter would not erase them: remove "
-                    f"duplicates from the data{remedy}."
+                    f"requests.{i}.learn: {len(found)} of its {len(rows)} rows are learned in {name!r} too, such as "
+                    f"{shown(content(found[0]))}, and {isolated!r} is isolated: it shares no row with another task. Leave them "
+                    "out of one of the two, with `where` or `exclude`."
                 )
-        return any(content(row) in self.met for row in forget)
 
     def _check_left(self, request: Unlearn, i: int, forget: list[Example]) -> None:
         """Raises RecipeError for rows that stay in a task, this one or another, with a text that is forgotten: they would be
         replayed, retained, or left in an adapter that nobody touches."""
-        gone, of = {content(row) for row in forget}, self.tasks.get(request.from_task)
-        # From a shared task first, from an isolated one next, where its adapter can be deleted.
-        touched = {name: task for name, task in self.tasks.items() if not task.isolated or task is of}
-        for name, task in touched.items():
+        gone = {content(row) for row in forget}
+        for name, task in self.tasks.items():
             if left := [row for row in task.rows if content(row) in gone]:
                 remedy = "leave them out of one of the two (`exclude` in its data section)"
                 if name == request.from_task:

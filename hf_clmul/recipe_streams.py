@@ -63,6 +63,7 @@ def check_requests(tree: Tree, problems: Problems) -> None:
             if isinstance(tasks[i], str):
                 learned.setdefault(tasks[i], i)
     _check_replay(tree, problems)
+    _check_slao(tree, problems)
     names = tree.get("export", "tasks")
     for i in range(len(names) if isinstance(names, list) else 0):
         check_name(tree, ("export", "tasks", i), learned, "task", problems)
@@ -160,6 +161,17 @@ def _check_source(tree: Tree, key: Key, tasks: dict[int, Any], learned: Iterable
         return
     expected = one_of(learned) if learned else "a task that an earlier learn request names"
     problems.at(tree, key, "unknown task", expected, f"'{source}'", suggestion(source, learned))
+
+
+def _check_slao(tree: Tree, problems: Problems) -> None:
+    """SLAO begins a task from other factors than the last one left, which the teacher before the request would have to be."""
+    if tree.get("adapter", "strategy") != "slao" or "ema" in (tree.get("teacher"), *tree.section("teacher")):
+        return
+    for table in (("learning", "learn"), ("learning", "memory")):
+        for name in tree.section(*table):
+            if name in TERMS and "teacher" in TERMS[name].needs:
+                what = "asks the model before the request, and `strategy: slao` begins a task from another start"
+                problems.at(tree, (*table, name), what, hint="use `teacher: ema`, or another strategy")
 
 
 def _check_replay(tree: Tree, problems: Problems) -> None:

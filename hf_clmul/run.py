@@ -19,6 +19,7 @@ from hf_clmul.claims import EXACT, FILTER
 from hf_clmul.columns import evaluated, groups, texts
 from hf_clmul.data.encoding import encode_prompt
 from hf_clmul.data.roles import derived_seed
+from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.stream import stream_metrics, stream_record
 from hf_clmul.evaluation.suites import Measuring
@@ -61,7 +62,12 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, steps)
         chosen, how = evaluated(recipe, steps, whole), _measuring(recipe)
-        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how)])
+        named = [
+            load_examples(recipe.data[name], name)
+            for name in (recipe.evaluation.held_out, recipe.evaluation.forget)
+            if name
+        ]
+        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how), named])
         on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
         on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
         sha256 = recipe_sha256(recipe)
@@ -125,7 +131,8 @@ def _settle(run: Run, step: Step, base: str) -> None:
         return
     if run.recipe.memory is not None:
         run.ledger.remembers(step)
-    deleted: dict[str, str] = {}
+    # As the ledger has them: a kill may come between deleting and saying so.
+    deleted = run.ledger.recorded(run.folder.state(earlier, job) for earlier, job in superseded(run, step))
     for job in step.jobs:
         run.folder.clear_checkpoints(step, job)
     for earlier, job in superseded(run, step):
@@ -179,7 +186,9 @@ def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     stages = [stage for stage in map(run.folder.result, [None, *run.steps]) if stage is not None]
     events = ledger.verify(run.folder.ledger)
     whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
-    stream = stream_record(stages, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
+    now = {column.name: run.evaluated.digest(column) for column in run.evaluated.columns}
+    like = [{**s, "tasks": {c: t for c, t in s["tasks"].items() if t["rows"] == now.get(c)}} for s in stages]
+    stream = stream_record(like, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
     return {
         **whole, "stream": {**stream, "metrics": stream_metrics(stream)}, "ledger": ledger.head(run.folder.ledger)
     }  # fmt: skip

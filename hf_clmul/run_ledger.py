@@ -71,13 +71,10 @@ class RunLedger:
                     check_refused(_rows(rows), stones, self.key, f"request {step.name}, {role}")
 
     def starting(self, step: Step) -> None:
-        """What a learn request lifts, and the data that it is about to meet. Written once, however often it is killed."""
+        """The data that a learn request is about to meet. Written once, however often it is killed."""
         request, events = step.request, self.events()
         if not isinstance(request, Learn):
             return
-        for name in request.lifts:
-            if name in tombstones(events).values():
-                ledger.append(self.path, "lifted", **lifted_record(name, step.name))
         rows, source = step.roles["learn"], self.recipe.data[request.data]
         record = data_record(
             self.key,
@@ -103,6 +100,9 @@ class RunLedger:
         ledger.append(self.path, "request", **found)
 
     def trained(self, step: Step, job: Job, done: dict[str, Any], seed: int) -> None:
+        lifts = step.request.lifts if isinstance(step.request, Learn) else []
+        for name in set(lifts) & set(tombstones(self.events()).values()):  # not before they are really back
+            ledger.append(self.path, "lifted", **lifted_record(name, step.name))
         replayed = [keyed(self.key, content(row)) for row in job.roles.get("memory", [])]
         ledger.append(
             self.path, "finished", part=job.part,
@@ -160,6 +160,12 @@ class RunLedger:
         main = list(last.stack) or [part for parts in last.own.values() for part in parts] or [""]
         self._derived(self.folder.model, "export", [newest[part] for part in main if part in newest], None)
         ledger.append(self.path, "exported", kind=kind, files=file_hashes(self.folder.model))
+
+    def recorded(self, places: Iterable[Path]) -> dict[str, str]:
+        """{file: SHA-256} of artefacts, as they were when they were made."""
+        made = {event["artefact"]: event["sha256"] for event in self.events() if event["event"] == "derived"}
+        names = [name for name in map(self._name, places) if name in made]
+        return {f"{name}/{file}": sha256 for name in names for file, sha256 in made[name].items()}
 
     def exports_of(self, states: Iterable[Path]) -> list[Path]:
         """What an earlier complete run exported of these states, and is still there."""

@@ -89,8 +89,11 @@ def _weights(names: Sequence[str], versions: Mapping[str, str]) -> list[tuple[st
 
 def _columns(wanted: Evaluated, rows: Mapping[str, Row]) -> dict[str, Any]:
     """{column: {"examples", "metrics"}}, of all columns at every stage."""
-    found = {column.name: [rows[wanted.key(text)] for text in wanted.texts(column)] for column in wanted.columns}
-    return {name: {"examples": len(some), "metrics": aggregate(some, "tasks")} for name, some in found.items() if some}
+    found = {}
+    for column in wanted.columns:
+        some = [rows[wanted.key(text)] for text in wanted.texts(column)]
+        found[column.name] = {"examples": len(some), "rows": wanted.digest(column), "metrics": aggregate(some, "tasks")}
+    return found
 
 
 def _kept(run: Run, step: Step | None) -> dict[str, Row]:
