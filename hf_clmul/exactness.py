@@ -71,7 +71,7 @@ def exact_instead(recipe: Recipe, steps: Sequence[Step], step: Step) -> tuple[li
 def why(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
     """One sentence on what a request does to the model and, of an unlearn request, why it is exact or is not."""
     if isinstance(step.request, Learn):
-        return _why_learn(recipe, step)
+        return _why_learn(recipe, steps, step)
     if step.how == EXACT_BY_DELETION:
         return (
             f"{step.request.from_task} is isolated: what learned these rows is deleted, and nothing else has met them"
@@ -85,9 +85,9 @@ def why(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
             f"{step.request.from_task}'s own adapter goes, or is trained again without these rows, but other weights have met "
             "them too, so erasure is measured and not proved"
         )
-    if not recipe.unlearning.retain:
+    if not recipe.unlearning.retain and "memory" not in step.roles:
         return "no retain term: nothing holds the rest in place"
-    if "retain" not in step.roles:
+    if not {"retain", "memory"} & set(step.roles):
         return "nothing else was learned: there is no retain data"
     part = "all weights are trained further"
     if step.request.from_task == BASE and recipe.adapter is not None:
@@ -97,7 +97,7 @@ def why(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
     return f"{part}; its weights have seen the forget data, so erasure is measured and not proved"
 
 
-def _why_learn(recipe: Recipe, step: Step) -> str:
+def _why_learn(recipe: Recipe, steps: Sequence[Step], step: Step) -> str:
     if recipe.adapter is None:
         return "all weights are trained"
     request, below = step.request, len(step.jobs[0].active) - 1
@@ -109,7 +109,10 @@ def _why_learn(recipe: Recipe, step: Step) -> str:
         )
     if request.isolated:
         return "isolated: a new adapter that meets no other task, so that to delete it is exact"
-    if not step.jobs[0].label.endswith(f"learn-{request.task}"):
+    if recipe.adapter.strategy != "stacked":
+        first = all(not isinstance(each.request, Learn) or each.request.isolated for each in steps[: step.index])
+        return "new adapter, which all tasks share" if first else "the adapter that all tasks share is trained further"
+    if "#" in step.jobs[0].label:
         return "the task's adapter is trained further in place"
     return "new adapter" if below < 1 else f"new adapter on {below} frozen"
 
