@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_clmul.recipe import Recipe, load_recipe
-    from hf_clmul.run import run_recipe
+    from hf_clmul.recipe.load import Recipe, load_recipe
+    from hf_clmul.run.runner import run_recipe
     from hf_clmul.trainer import ClmulTrainer
     from hf_clmul.training_args import ClmulConfig
 
@@ -16,9 +16,9 @@ __all__ = ["ClmulConfig", "ClmulTrainer", "Recipe", "__version__", "load_recipe"
 _MODULE_OF = {
     "ClmulConfig": "hf_clmul.training_args",
     "ClmulTrainer": "hf_clmul.trainer",
-    "Recipe": "hf_clmul.recipe",
-    "load_recipe": "hf_clmul.recipe",
-    "run_recipe": "hf_clmul.run",
+    "Recipe": "hf_clmul.recipe.load",
+    "load_recipe": "hf_clmul.recipe.load",
+    "run_recipe": "hf_clmul.run.runner",
 }
 
 

@@ -127,10 +127,10 @@ def run(
 ) -> None:
     """Execute a recipe. The same command continues a run that was stopped."""
     with errors_explained(debug):
-        from hf_clmul.recipe import load_recipe
+        from hf_clmul.recipe.load import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
-        from hf_clmul.run import run_recipe
+        from hf_clmul.run.runner import run_recipe
 
         folder = output or Path("runs") / loaded.name
         report_file = run_recipe(loaded, folder)
@@ -148,7 +148,7 @@ def run(
 def validate(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a recipe and list all its problems. Opens neither the model nor the data."""
     with errors_explained(debug):
-        from hf_clmul.recipe import Learn, load_recipe
+        from hf_clmul.recipe.load import Learn, load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
         requests = [f"learn {r.task}" if isinstance(r, Learn) else f"unlearn {r.name}" for r in loaded.requests]
@@ -163,10 +163,10 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
     come again at its end.
     """
     with errors_explained(debug):
-        from hf_clmul.recipe import load_recipe
+        from hf_clmul.recipe.load import load_recipe
 
         loaded = load_recipe(recipe, overrides or ())
-        from hf_clmul.run import plan_recipe
+        from hf_clmul.run.runner import plan_recipe
 
         rows = plan_recipe(loaded)
         columns = ("request", "examples", "steps", "tokens", "trainable", "memory")
@@ -197,7 +197,7 @@ def show(
 ) -> None:
     """Print a recipe as it is understood: base and changes merged, defaults filled in."""
     with errors_explained(debug):
-        from hf_clmul.recipe import dump_recipe, load_recipe, recipe_schema
+        from hf_clmul.recipe.load import dump_recipe, load_recipe, recipe_schema
 
         if schema:
             import json
@@ -232,7 +232,7 @@ def copy(
 ) -> None:
     """Copy a built-in recipe, and what it builds on, to start from."""
     with errors_explained(debug):
-        from hf_clmul.recipe_sources import copy_builtin
+        from hf_clmul.recipe.sources import copy_builtin
 
         for file in copy_builtin(name, destination):
             say(f"{file}")
@@ -245,7 +245,7 @@ def report(
 ) -> None:
     """Write the report of a run anew from its results."""
     with errors_explained(debug):
-        from hf_clmul.report import write_report
+        from hf_clmul.report.page import write_report
 
         say(f"report: {write_report(run_folder)}")
 
@@ -254,7 +254,7 @@ def report(
 def verify_ledger(run_folder: RunFolder, debug: Debug = False) -> None:
     """Check that nobody changed, removed, put in or moved a line of the ledger."""
     with errors_explained(debug):
-        from hf_clmul.ledger_words import verified
+        from hf_clmul.ledger.words import verified
 
         say(verified(run_folder))
 
@@ -267,8 +267,8 @@ def show_ledger(
 ) -> None:
     """Print the ledger, the newest event last."""
     with errors_explained(debug):
-        from hf_clmul.ledger_files import read_records
-        from hf_clmul.ledger_words import event_rows
+        from hf_clmul.ledger.files import read_records
+        from hf_clmul.ledger.words import event_rows
 
         records = read_records(run_folder)
         if as_json:
@@ -293,8 +293,8 @@ def receipt(
         if (request is None) == (check is None):
             say("give the name of an unlearn request, or --check FILE", stderr=True)
             raise typer.Exit(2)
-        from hf_clmul import receipt as receipts
-        from hf_clmul.ledger_files import find_run
+        from hf_clmul.ledger import receipt as receipts
+        from hf_clmul.ledger.files import find_run
         from hf_clmul.paths import atomic_write
 
         folder = find_run(run_folder)
@@ -319,10 +319,10 @@ def scan(
 ) -> None:
     """Search a run folder for what still descends from erased examples. Exit code 1 if something does."""
     with errors_explained(debug):
-        from hf_clmul.scan import scan as search
+        from hf_clmul.ledger.scan import scan as search
 
         if redact and is_main_process():
-            from hf_clmul.scan_redact import redact as blank
+            from hf_clmul.ledger.scan_redact import redact as blank
 
             for name in blank(run_folder, data):
                 say(f"redacted: {name}")

@@ -10,8 +10,8 @@ from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import TEACHERS
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.penalties import PENALTIES
-from hf_clmul.recipe_checks import TERM_TABLES
-from hf_clmul.recipe_sources import builtin_names
+from hf_clmul.recipe.checks import TERM_TABLES
+from hf_clmul.recipe.sources import builtin_names
 
 _ROLES = {"forget": "forget terms", "retain": "retain terms", "learn": "learning terms", "memory": "memory terms"}
 NO_PAPER = "-"

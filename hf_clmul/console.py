@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_clmul.evaluation.stream import TASK
-from hf_clmul.report_stream import (
+from hf_clmul.report.stream import (
     FORGOTTEN,
     KNOWN,
     LEARNED,
@@ -16,7 +16,7 @@ from hf_clmul.report_stream import (
     metric_rows,
     stage_name,
 )
-from hf_clmul.report_tables import (
+from hf_clmul.report.tables import (
     DASH,
     FORGET,
     HELD_OUT,

@@ -26,15 +26,15 @@ from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.teachers import Reinforced, Teacher
 from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
-from hf_clmul.penalised import Penalties
-from hf_clmul.preparation import edit, forget_gradient, prepare
-from hf_clmul.request_checks import understood
-from hf_clmul.role_data import encoded
-from hf_clmul.salient import SalientPart
-from hf_clmul.targets import new_teacher, of_teacher, said_of
+from hf_clmul.training.log import WindowLog
+from hf_clmul.training.penalised import Penalties
+from hf_clmul.training.preparation import edit, forget_gradient, prepare
+from hf_clmul.training.request_checks import understood
+from hf_clmul.training.role_data import encoded
+from hf_clmul.training.salient import SalientPart
+from hf_clmul.training.targets import new_teacher, of_teacher, said_of
+from hf_clmul.training.window_passes import WindowPasses
 from hf_clmul.training_args import ClmulConfig
-from hf_clmul.training_log import WindowLog
-from hf_clmul.window_passes import WindowPasses
 
 log = logging.getLogger(__name__)
 Batch = dict[str, Any]

@@ -11,7 +11,7 @@ from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Saliency, options
 from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.objectives.penalties import active_penalties
-from hf_clmul.recipe_problems import value_problem
+from hf_clmul.recipe.problems import value_problem
 
 ROLE_TERMS = "terms of the {} role: {{name: {{parameter: value, 'weight': 1.0}}}}. Default: {}."
 

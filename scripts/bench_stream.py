@@ -22,7 +22,7 @@ import transformers
 
 from hf_clmul import load_recipe, run_recipe
 from hf_clmul.evaluation.stream import average_performance, stream_metrics
-from hf_clmul.recipe_schema import Recipe
+from hf_clmul.recipe.schema import Recipe
 
 REFERENCE = "reference"
 METHODS = (

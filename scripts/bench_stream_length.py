@@ -19,11 +19,11 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from hf_clmul import ledger
+from hf_clmul.ledger import chain as ledger
 from hf_clmul.models.loading import make
 from hf_clmul.paths import builtin_data
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_schema import Scratch
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.schema import Scratch
 
 SETS = ("invented_people", "support_intents", "table_bookings", "word_problems")
 ROWS = 6  # of each task
@@ -70,7 +70,7 @@ def requests(count: int) -> str:
 
 def run(folder: Path, count: int) -> list[dict[str, Any]]:
     """Carries the stream out; one entry a request: kind, seconds of training, of all the rest, and MiB held after it."""
-    from hf_clmul import run as running
+    from hf_clmul.run import runner as running
 
     data = rows()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -84,7 +84,10 @@ def run(folder: Path, count: int) -> list[dict[str, Any]]:
         settle(run, step, base)
         held.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
 
-    with patch.object(running, "_settle", settled), patch("hf_clmul.run.write_report", lambda root: root / "none"):
+    with (
+        patch.object(running, "_settle", settled),
+        patch("hf_clmul.run.runner.write_report", lambda root: root / "none"),
+    ):
         running.run_recipe(load_recipe(str(folder / "recipe.yaml")), folder / "out")
     results = json.loads((folder / "out/results.json").read_text())
     times = {e["name"]: datetime.fromisoformat(e["time"]) for e in ledger.verify(folder / "out/ledger.jsonl")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from small_run import die, in_process, outcome, write_recipe
 
-from hf_clmul.run_log import RunLog
+from hf_clmul.run.log import RunLog
 
 
 def after(seconds: float) -> None:

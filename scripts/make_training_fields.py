@@ -1,4 +1,4 @@
-"""Writes the table FIELDS in hf_clmul/training_fields.py from the installed transformers.TrainingArguments.
+"""Writes the table FIELDS in hf_clmul/recipe/training_fields.py from the installed transformers.TrainingArguments.
 
 Run it after raising transformers in constraints.txt: `python scripts/make_training_fields.py`. A test fails
 while the table and the installed class differ.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import transformers
 
-TARGET = Path(__file__).resolve().parents[1] / "hf_clmul" / "training_fields.py"
+TARGET = Path(__file__).resolve().parents[1] / "hf_clmul" / "recipe" / "training_fields.py"
 BEGIN, END = "# generated: begin\n", "# generated: end\n"
 PLAIN = {
     int: "int",

@@ -6,9 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hf_clmul import ledger
-from hf_clmul import ledger_records as records
-from hf_clmul.ledger_key import make_key
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger import records
+from hf_clmul.ledger.key import make_key
 
 _PLACES = [("Ada", "Odeceixe"), ("Bo", "Nyahururu"), ("Cy", "a lighthouse"), ("Di", "Tórshavn & Vágar")]
 PEOPLE = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hf_clmul.errors import RecipeError
-from hf_clmul.recipe import load_recipe
+from hf_clmul.recipe.load import load_recipe
 
 RECIPE = """\
 recipe_version: 1

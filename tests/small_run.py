@@ -16,10 +16,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from tqdm import tqdm
 from transformers import Trainer
 
-from hf_clmul import ledger
-from hf_clmul.recipe import load_recipe
-from hf_clmul.run import run_recipe
-from hf_clmul.run_log import RunLog
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run.log import RunLog
+from hf_clmul.run.runner import run_recipe
 
 gc.freeze()  # each training collects garbage, and would walk through all that was imported
 
@@ -89,7 +89,7 @@ def without_report(root: Path) -> Path:
 
 def execute(recipe: Path, out: Path, *overrides: str) -> Path:
     """Carries out the recipe in this process, without drawing figures and without waiting for the disk."""
-    with patch("hf_clmul.run.write_report", without_report), patch("os.fsync"):
+    with patch("hf_clmul.run.runner.write_report", without_report), patch("os.fsync"):
         return run_recipe(load_recipe(recipe, overrides), out)
 
 

@@ -14,7 +14,7 @@ from hf_clmul.data.roles import RoleDataset
 from hf_clmul.data.sources import load_examples, refusals
 from hf_clmul.models import alternatives, causal_lm
 from hf_clmul.models.alternatives import encoded_alternatives, own_alternatives
-from hf_clmul.recipe_schema import Data
+from hf_clmul.recipe.schema import Data
 
 ROWS = [{"question": f"Where does number {i} live?", "answer": f"In house {i}." + i * " Far away."} for i in range(4)]
 PEOPLE = {"forget": ROWS, "retain": [{"question": "What is it?", "answer": "A house."}]}

@@ -26,7 +26,7 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.models import causal_lm
 from hf_clmul.models.teachers import random_like
 from hf_clmul.objectives.active import active_terms
-from hf_clmul.preparation import check_preparations
+from hf_clmul.training.preparation import check_preparations
 
 
 def drawn(kind, config, seed):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from small_run import LORA, at_step, execute, in_process, outcome, save_base
 
-from hf_clmul.carried import IMPORTANCE, TARGETS, TUNED
 from hf_clmul.models import stored
 from hf_clmul.models.ema import FILE as EMA
+from hf_clmul.run.carried import IMPORTANCE, TARGETS, TUNED
 
 REQUESTS = """\
 requests:

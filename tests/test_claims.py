@@ -3,7 +3,7 @@
 import pytest
 from fake_results import fake_results, fake_stream
 
-from hf_clmul.claims import claim_of, claims, explained
+from hf_clmul.report.claims import claim_of, claims, explained
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from test_recipe_checks import MISTAKES, with_names
 from typer.testing import CliRunner, Result
 
 import hf_clmul
-from hf_clmul import recipe_sources
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation import SUITES
@@ -22,7 +21,8 @@ from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import TEACHERS
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.penalties import PENALTIES
-from hf_clmul.recipe import dump_recipe, load_recipe, recipe_schema
+from hf_clmul.recipe import sources as recipe_sources
+from hf_clmul.recipe.load import dump_recipe, load_recipe, recipe_schema
 
 PLAN = [
     {"request": "00-learn-people", "examples": {"learn": 96}, "steps": 84, "tokens": 60000, "how": "training",
@@ -48,16 +48,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Stands for hf_clmul.run: records (recipe name, output) and returns a report."""
+    """Stands for hf_clmul.run.runner: records (recipe name, output) and returns a report."""
     calls: list[tuple[str, str]] = []
 
     def run_recipe(recipe: object, output: Path) -> Path:
         calls.append((recipe.name, str(output)))
         return output / "report/report.html"
 
-    module = types.ModuleType("hf_clmul.run")
+    module = types.ModuleType("hf_clmul.run.runner")
     module.run_recipe, module.plan_recipe = run_recipe, lambda recipe: PLAN
-    monkeypatch.setitem(sys.modules, "hf_clmul.run", module)
+    monkeypatch.setitem(sys.modules, "hf_clmul.run.runner", module)
     return calls
 
 
@@ -65,7 +65,7 @@ def fails_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run_recipe(recipe: object, output: Path) -> Path:
         raise error
 
-    monkeypatch.setattr(sys.modules["hf_clmul.run"], "run_recipe", run_recipe)
+    monkeypatch.setattr(sys.modules["hf_clmul.run.runner"], "run_recipe", run_recipe)
 
 
 def invoke(*arguments: str) -> Result:
@@ -245,9 +245,9 @@ def test_cp_copies_and_does_not_overwrite(folder, monkeypatch):
 
 
 def test_report_passes_the_folder_on(monkeypatch):
-    module = types.ModuleType("hf_clmul.report")
+    module = types.ModuleType("hf_clmul.report.page")
     module.write_report = lambda run: run / "report/report.html"
-    monkeypatch.setitem(sys.modules, "hf_clmul.report", module)
+    monkeypatch.setitem(sys.modules, "hf_clmul.report.page", module)
     assert invoke("report", "runs/small").stdout == "report: runs/small/report/report.html\n"
 
 

@@ -10,9 +10,9 @@ from ledger_bed import LATER, STATE, Bed
 from test_cli import PROBE
 from typer.testing import CliRunner, Result
 
-from hf_clmul import ledger
 from hf_clmul.cli import app
-from hf_clmul.ledger_key import key_path
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.key import key_path
 
 
 @pytest.fixture

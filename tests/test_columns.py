@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from test_stream_plan import ISOLATED, SHARDED, learn, of, recipe, row, unlearn, write
 
-from hf_clmul.columns import Column, Evaluated, columns, evaluated, groups
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import content
 from hf_clmul.evaluation.suites import fixed_sample
-from hf_clmul.plan import plan_steps
+from hf_clmul.plan.columns import Column, Evaluated, columns, evaluated, groups
+from hf_clmul.plan.steps import plan_steps
 
 
 @pytest.fixture(autouse=True)

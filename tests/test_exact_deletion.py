@@ -77,8 +77,8 @@ def test_partial_retraining_is_as_if_the_rows_had_never_been_learned(folder, cut
 
 
 def test_parts_that_never_met_the_rows_are_not_trained_again(folder):
-    from hf_clmul.plan import plan_steps
-    from hf_clmul.recipe import load_recipe
+    from hf_clmul.plan.steps import plan_steps
+    from hf_clmul.recipe.load import load_recipe
 
     ids = "  - unlearn: {name: two, from: secret, ids: [P02-2]}\n"
     root = run(folder, learn("secret", "P02", ", isolated: true, shards: 2, slices: 2") + ids, "with")

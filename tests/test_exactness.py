@@ -6,9 +6,9 @@ import pytest
 from test_stream_plan import ISOLATED, SHARDED, learn, recipe, row, unlearn, write
 
 from hf_clmul.data.sources import content
-from hf_clmul.exactness import closure, exact_instead, why
-from hf_clmul.plan import plan_steps
-from hf_clmul.recipe_schema import Recipe
+from hf_clmul.plan.exactness import closure, exact_instead, why
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)

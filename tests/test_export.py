@@ -11,12 +11,12 @@ from small_run import save_base
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clmul import export as exporting
 from hf_clmul.errors import RunError
-from hf_clmul.export import Wanted, export, load_state, save_state
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import Loaded
-from hf_clmul.run_folder import RunFolder
+from hf_clmul.run import export as exporting
+from hf_clmul.run.export import Wanted, export, load_state, save_state
+from hf_clmul.run.folder import RunFolder
 
 PROBE = [[5, 6, 7, 8], [9, 10]]
 PEOPLE = {"people": (adapters.TASK + "people",)}

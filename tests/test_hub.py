@@ -10,12 +10,12 @@ from huggingface_hub.errors import HFValidationError
 from ruamel.yaml import YAML
 from small_run import events, execute, write_recipe
 
-from hf_clmul import hub
 from hf_clmul.errors import RunError
 from hf_clmul.paths import builtin_data
-from hf_clmul.recipe import dump_recipe, load_recipe
-from hf_clmul.recipe_schema import Recipe
-from hf_clmul.run_folder import RunFolder
+from hf_clmul.recipe.load import dump_recipe, load_recipe
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run import hub
+from hf_clmul.run.folder import RunFolder
 
 WHOSE = {"source": None, "command": "hf-clmul run small", "model": {"path": "made from scratch"}}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trainer_bed import adapted, answer, exact, examples, llama, weights
 
-from hf_clmul.importance import accumulated, fisher, load, measured, save
+from hf_clmul.training.importance import accumulated, fisher, load, measured, save
 
 ROWS = examples(5, 3)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_clmul import ledger
 from hf_clmul.errors import RunError
+from hf_clmul.ledger import chain as ledger
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from hashlib import sha256
 import pytest
 from ledger_bed import BASE, GONE, LATER, PEOPLE, STATE, Bed, content, contents
 
-from hf_clmul import ledger
-from hf_clmul import ledger_records as records
-from hf_clmul.claims import EXACT_BY_DELETION, EXACT_BY_RETRAINING
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.ledger_key import key_path, keyed, make_key, merkle_root, read_key
-from hf_clmul.ledger_lineage import Descendant, closure, descendants
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger import records
+from hf_clmul.ledger.key import key_path, keyed, make_key, merkle_root, read_key
+from hf_clmul.ledger.lineage import Descendant, closure, descendants
+from hf_clmul.report.claims import EXACT_BY_DELETION, EXACT_BY_RETRAINING
 
 
 @pytest.fixture

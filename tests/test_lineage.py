@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hf_clmul.lineage import Lineage, Node
+from hf_clmul.plan.lineage import Lineage, Node
 
 
 def stream():

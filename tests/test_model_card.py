@@ -7,8 +7,8 @@ from fake_results import QUESTIONS, RECIPE, fake_results, fake_stream
 from ruamel.yaml import YAML
 
 from hf_clmul.gradients.conflict import CONFLICT_RULES
-from hf_clmul.model_card import as_text, model_card
 from hf_clmul.objectives import TERMS
+from hf_clmul.report.model_card import as_text, model_card
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

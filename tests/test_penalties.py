@@ -11,10 +11,10 @@ from tiny import tiny_gpt2
 from torch import nn
 from trainer_bed import LORA, adapted, importances, llama
 
-from hf_clmul.importance import measured
 from hf_clmul.models.adapted import adapted as adapted_weights
 from hf_clmul.objectives.penalties import PENALTIES, Weight, active_penalties, penalty_parameters
-from hf_clmul.penalised import Penalties, check_penalties
+from hf_clmul.training.importance import measured
+from hf_clmul.training.penalised import Penalties, check_penalties
 
 
 def t(rows):

@@ -8,17 +8,17 @@ import pytest
 from small_run import write_recipe
 from tiny import tiny_llama, tiny_tokenizer
 
-from hf_clmul.columns import groups, texts
 from hf_clmul.data.encoding import encode
 from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError
-from hf_clmul.job_steps import draws, optimizer_steps
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load
-from hf_clmul.plan import plan_steps
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_schema import Recipe
-from hf_clmul.run import plan_recipe
+from hf_clmul.plan.columns import groups, texts
+from hf_clmul.plan.job_steps import draws, optimizer_steps
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.runner import plan_recipe
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
 

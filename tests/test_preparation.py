@@ -9,14 +9,14 @@ from tiny import tiny_gpt2
 from trainer_bed import LORA, TOKENIZER, Stop, adapted, lines, llama, make, same, trained, two_roles, weights
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_clmul import preparation
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.models import causal_lm
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
 from hf_clmul.objectives.preparation import Reinforced
-from hf_clmul.preparation import check_preparations, reinforcing
+from hf_clmul.training import preparation
+from hf_clmul.training.preparation import check_preparations, reinforcing
 from hf_clmul.training_args import ClmulConfig
 
 HOW = {"epochs": 2, "learning_rate": 0.05}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from hf_clmul.recipe import load_recipe
+from hf_clmul.recipe.load import load_recipe
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -36,7 +36,7 @@ def test_python_example_runs(repo: Path, tiny_folder: Path, tmp_path: Path, monk
 
 
 def test_recipe_runs(repo: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    from hf_clmul.run import run_recipe
+    from hf_clmul.run.runner import run_recipe
 
     (example,) = blocks(repo, "yaml")
     assert HUB_ID in example

@@ -6,12 +6,12 @@ import pytest
 from ledger_bed import BASE, GONE, PEOPLE, STATE, Bed, content
 from typer.testing import CliRunner
 
-from hf_clmul import ledger
-from hf_clmul import ledger_records as records
 from hf_clmul.cli import app
 from hf_clmul.errors import RunError
-from hf_clmul.ledger_key import key_path, keyed, merkle_root
-from hf_clmul.receipt import check, receipt
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger import records
+from hf_clmul.ledger.key import key_path, keyed, merkle_root
+from hf_clmul.ledger.receipt import check, receipt
 
 EXACT = "exact by deletion"
 

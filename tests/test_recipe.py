@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from small_recipe import RECIPE, changed, problems, write
 
 from hf_clmul.errors import RecipeError
-from hf_clmul.recipe import Learn, Unlearn, dump_recipe, load_recipe, recipe_schema
+from hf_clmul.recipe.load import Learn, Unlearn, dump_recipe, load_recipe, recipe_schema
 
 
 @pytest.fixture(autouse=True)

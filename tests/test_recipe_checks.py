@@ -9,7 +9,7 @@ from hf_clmul.evaluation import SUITES
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS
-from hf_clmul.recipe_problems import one_of
+from hf_clmul.recipe.problems import one_of
 
 
 @pytest.fixture(autouse=True)

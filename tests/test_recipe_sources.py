@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from small_recipe import RECIPE, changed
 
-from hf_clmul import recipe_sources
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_sources import builtin_names, copy_builtin
+from hf_clmul.recipe import sources as recipe_sources
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.sources import builtin_names, copy_builtin
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB_RECIPE = changed("  notes: {path: notes.jsonl}", "  notes: {path: user/notes}")
@@ -75,7 +75,7 @@ def hub() -> Iterator[str]:
 LOAD = """
 import json, sys
 from hf_clmul.errors import RecipeError
-from hf_clmul.recipe import load_recipe
+from hf_clmul.recipe.load import load_recipe
 
 def load(source, *overrides):
     try:

@@ -8,8 +8,8 @@ from ruamel.yaml import YAML
 from small_recipe import RECIPE, changed, problems, write
 
 from hf_clmul.gradients.options import Lookahead, Saliency, options
-from hf_clmul.recipe import dump_recipe, load_recipe, recipe_schema
-from hf_clmul.run_request import _parts
+from hf_clmul.recipe.load import dump_recipe, load_recipe, recipe_schema
+from hf_clmul.run.request import _parts
 from hf_clmul.training_args import ClmulConfig
 
 WORDS = "  lookahead: {alpha: 0.1, inner: forget}\n  saliency: {train: 0.5}\n  trainable: '.*down_proj.*'\n"

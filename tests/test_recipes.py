@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_clmul.paths import builtin_recipes
-from hf_clmul.recipe import dump_recipe, load_recipe
+from hf_clmul.recipe.load import dump_recipe, load_recipe
 
 FILES = sorted(path for path in builtin_recipes().rglob("*.yaml") if not path.name.startswith("_"))
 ELSEWHERE = ("tofu", "stream", "clmul")  # run by test_recipes_tofu.py and test_recipes_stream.py
@@ -42,7 +42,7 @@ def test_reads_and_names_itself(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", RUN_HERE, ids=name_of)
 def test_runs_for_two_steps(path: Path, tmp_path: Path) -> None:
-    from hf_clmul.run import run_recipe
+    from hf_clmul.run.runner import run_recipe
 
     recipe = load_recipe(path, TINY)
     report = run_recipe(recipe, tmp_path / "run")

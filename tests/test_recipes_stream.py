@@ -9,8 +9,8 @@ from small_run import execute, save_base
 
 from hf_clmul.objectives import TERMS
 from hf_clmul.paths import builtin_recipes
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_schema import Learn
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.schema import Learn
 
 FOLDERS = ("stream", "clmul")
 NAMES = [

@@ -12,14 +12,14 @@ from tiny import tiny_llama, tiny_tokenizer
 from typer.testing import CliRunner
 
 from hf_clmul.cli import app
-from hf_clmul.columns import groups
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.hashes import digest
 from hf_clmul.paths import builtin_recipes
-from hf_clmul.plan import plan_steps
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_schema import Recipe
-from hf_clmul.run_folder import settings
+from hf_clmul.plan.columns import groups
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.folder import settings
 
 FILES = sorted(path for path in (builtin_recipes() / "tofu").glob("*.yaml") if not path.name.startswith("_"))
 METHODS = [path.stem for path in FILES if path.stem != "retrained"]

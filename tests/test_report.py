@@ -12,9 +12,9 @@ import matplotlib.image
 import pytest
 from fake_results import METRICS, RECIPE, REFERENCE, VALUES, fake_results, fake_stream, write_fake_run
 
-from hf_clmul import report_words
 from hf_clmul.errors import RunError
-from hf_clmul.report import write_report
+from hf_clmul.report import words as report_words
+from hf_clmul.report.page import write_report
 
 HOSTILE = "<script>alert('$x^{$')</script> {{ 7 * 7 }} \"quoted\" & <img src=x onerror=alert(1)>"
 SMALL = ("answer_probability", "rouge_l_recall", "fluency")
@@ -371,7 +371,7 @@ def test_a_record_without_a_stream_has_no_such_section(page):
 
 def test_importing_it_imports_nothing_heavy():
     code = (
-        "import sys, hf_clmul.report, hf_clmul.console, hf_clmul.model_card;"
+        "import sys, hf_clmul.report.page, hf_clmul.console, hf_clmul.report.model_card;"
         "print({'torch', 'matplotlib', 'numpy', 'jinja2', 'rich', 'ruamel'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

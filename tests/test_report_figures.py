@@ -5,7 +5,7 @@ import math
 import pytest
 from fake_results import REFERENCE, VALUES, fake_results, learn_log, unlearn_log
 
-from hf_clmul import report_figures
+from hf_clmul.report import figures as report_figures
 
 
 def test_bars_have_the_heights_of_the_record():

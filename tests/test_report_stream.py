@@ -2,8 +2,8 @@
 
 from fake_results import fake_results, fake_stream
 
-from hf_clmul import report_stream
 from hf_clmul.evaluation.stream import METRICS
+from hf_clmul.report import stream as report_stream
 
 
 def test_the_table_is_r_with_its_states():

@@ -5,8 +5,8 @@ import math
 from fake_results import fake_stream
 from matplotlib.colors import to_rgb
 
-from hf_clmul import report_figures
-from hf_clmul.report_stream_figure import describe_heat_map, heat_map, heat_map_width
+from hf_clmul.report import figures as report_figures
+from hf_clmul.report.stream_figure import describe_heat_map, heat_map, heat_map_width
 
 FORGET, INK = to_rgb(report_figures.LIGHT.roles["forget"]), to_rgb(report_figures.LIGHT.ink)
 

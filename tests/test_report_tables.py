@@ -5,7 +5,7 @@ import math
 import pytest
 from fake_results import fake_results
 
-from hf_clmul import report_tables
+from hf_clmul.report import tables as report_tables
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 from fake_results import fake_results, fake_stream
 
-from hf_clmul import report_words
+from hf_clmul.report import words as report_words
 
 
 def test_the_summary_says_what_the_record_says():

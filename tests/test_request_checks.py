@@ -7,8 +7,8 @@ from small_run import execute, write_recipe
 
 from hf_clmul.errors import RecipeError
 from hf_clmul.models.adapters import WEIGHTS
-from hf_clmul.recipe import load_recipe
-from hf_clmul.run import plan_recipe
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run.runner import plan_recipe
 
 ONE = "request 01-unlearn-one: "
 ABOVE = "forget/rmu acts on layer 0, and the lowest layer that trains is 1"

@@ -12,9 +12,9 @@ import torch
 from tiny import tiny_llama
 
 from hf_clmul.errors import RecipeError
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_schema import Recipe
-from hf_clmul.results import hardware, peak_memory, record, reference_of
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.results import hardware, peak_memory, record, reference_of
 
 STAGES = [{"stage": "base", "weights_sha256": "abc", "groups": {}}]
 START = datetime(2025, 3, 1, 9, 30, tzinfo=UTC)

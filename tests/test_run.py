@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_run import events, execute, outcome, write_recipe
 
-from hf_clmul import paths, run, run_stages
+from hf_clmul import paths
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.recipe import load_recipe
-from hf_clmul.run_log import RunLog
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run import runner as run
+from hf_clmul.run import stages as run_stages
+from hf_clmul.run.log import RunLog
 from hf_clmul.trainer import ClmulTrainer
 
 LEARN, UNLEARN = "00-learn-people", "01-unlearn-one"

@@ -9,9 +9,9 @@ import pytest
 from small_run import write_recipe
 
 from hf_clmul.errors import RunError
-from hf_clmul.plan import plan_steps
-from hf_clmul.recipe import load_recipe
-from hf_clmul.run_folder import RunFolder, mark_complete, settings
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run.folder import RunFolder, mark_complete, settings
 
 BASE = {"weights_sha256": "1", "tokenizer_sha256": "2"}
 

@@ -23,23 +23,23 @@ LEARN, UNLEARN = "00-learn-people", "01-unlearn-one"
 # brackets: how often the request was begun or resumed by then, and from which checkpoint the next one goes on.
 POINTS: list[tuple[str, Any, tuple]] = [
     ("in the first write", before, ("os", "replace", "recipe.yaml")),
-    ("in the evaluation before learning", before, ("hf_clmul.run_stages", "measure", "before learning")),
+    ("in the evaluation before learning", before, ("hf_clmul.run.stages", "measure", "before learning")),
     ("after some steps", at_step, (LEARN, 3)),
     ("in a checkpoint", in_checkpoint, (LEARN, 4)),
-    ("before a checkpoint counts", before, ("hf_clmul.run_log", "mark_complete", "checkpoint-6")),
-    ("after the last step", before, ("hf_clmul.run_request", "save_state", "state")),
+    ("before a checkpoint counts", before, ("hf_clmul.run.log", "mark_complete", "checkpoint-6")),
+    ("after the last step", before, ("hf_clmul.run.request", "save_state", "state")),
     ("in a line of the ledger", in_ledger, ("finished",)),
     ("in a state", before, ("hf_clmul.paths", "_sync_tree", ".state.")),
-    ("before the evaluation of a request", before, ("hf_clmul.run_stages", "measure", "after learning people")),
+    ("before the evaluation of a request", before, ("hf_clmul.run.stages", "measure", "after learning people")),
     ("in a result", before, ("os", "replace", f"{LEARN}/result.json")),
-    ("between requests", before, ("hf_clmul.run_request", "_train", UNLEARN)),
+    ("between requests", before, ("hf_clmul.run.request", "_train", UNLEARN)),
     ("in the unlearn request", at_step, (UNLEARN, 3)),
     ("in a checkpoint of the unlearn request", in_checkpoint, (UNLEARN, 3)),
-    ("after the unlearn request", before, ("hf_clmul.run_request", "save_state", "state")),
-    ("in the export", before, ("hf_clmul.export", "_check", "model")),
+    ("after the unlearn request", before, ("hf_clmul.run.request", "save_state", "state")),
+    ("in the export", before, ("hf_clmul.run.export", "_check", "model")),
     ("when the model is put in place", before, ("os", "rename", ".model.")),
     ("in the record", before, ("os", "replace", "results.json")),
-    ("before the report", before, ("hf_clmul.run", "_close")),
+    ("before the report", before, ("hf_clmul.run.runner", "_close")),
 ]
 
 

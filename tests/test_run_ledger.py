@@ -9,14 +9,14 @@ from test_exact_deletion import learn, run
 from test_exact_deletion import save_base as base_of
 
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.ledger_key import KEY, keyed
-from hf_clmul.ledger_records import tombstones
-from hf_clmul.plan import plan_steps
-from hf_clmul.receipt import check, receipt
-from hf_clmul.recipe import load_recipe
-from hf_clmul.run_folder import RunFolder
-from hf_clmul.run_ledger import RunLedger
-from hf_clmul.scan import scan
+from hf_clmul.ledger.key import KEY, keyed
+from hf_clmul.ledger.receipt import check, receipt
+from hf_clmul.ledger.records import tombstones
+from hf_clmul.ledger.scan import scan
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run.folder import RunFolder
+from hf_clmul.run.ledger import RunLedger
 
 GONE = "  - unlearn: {name: gone, from: secret}\n"
 STREAM = (
@@ -79,7 +79,7 @@ def test_what_was_exported_before_goes_before_the_claim_is_made(tmp_path, monkey
     def killed(*args, **kwargs):
         raise RunError("killed")
 
-    monkeypatch.setattr("hf_clmul.run.export", killed)
+    monkeypatch.setattr("hf_clmul.run.runner.export", killed)
     with pytest.raises(RunError, match="killed"):
         run(tmp_path, secret + GONE + learn("a", "P01"), "out")
     (erased,) = named(root, "erased")
@@ -138,7 +138,7 @@ def test_an_erased_row_does_not_come_back_by_an_edited_recipe(stream):
 
 def test_the_ledger_of_a_folder_refuses_what_its_own_history_erased(stream, monkeypatch):
     """Whatever the plan says, as after a fault in it."""
-    from hf_clmul.plan import _Stream
+    from hf_clmul.plan.steps import _Stream
 
     recipe = stream.parent / "out.yaml"
     text = recipe.read_text()

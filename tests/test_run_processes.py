@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import events, execute, outcome, write_recipe
 
-from hf_clmul import run
+from hf_clmul.run import runner as run
 
 HALVED = ["learning.training.per_device_train_batch_size=2", "unlearning.training.per_device_train_batch_size=2"]
 LOAD = """

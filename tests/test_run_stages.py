@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from hf_clmul.columns import Evaluated
-from hf_clmul.run_stages import measure_stage
+from hf_clmul.plan.columns import Evaluated
+from hf_clmul.run.stages import measure_stage
 
 
 def test_every_rank_has_read_what_there_is_before_the_main_one_writes(tmp_path: Path):

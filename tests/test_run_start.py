@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from small_run import execute, write_recipe
 
-from hf_clmul import run
 from hf_clmul.errors import RunError
-from hf_clmul.recipe import load_recipe
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run import runner as run
 
 
 def test_a_request_never_starts_from_weights_that_are_gone(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from small_run import (
 )
 
 from hf_clmul.errors import ClmulError, RecipeError
-from hf_clmul.plan import plan_steps
-from hf_clmul.recipe import load_recipe
-from hf_clmul.run import _wanted, plan_recipe
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.run.runner import _wanted, plan_recipe
 from hf_clmul.trainer import ClmulTrainer
 
 NAMES = [
@@ -35,15 +35,15 @@ POINTS: list[tuple[str, Any, tuple]] = [
     ("in an isolated task", at_step, (NAMES[1], 1)),
     ("in a checkpoint on a stack", in_checkpoint, (NAMES[2], 2)),
     ("in a stack's second adapter", at_step, (NAMES[2], 2)),
-    ("before the state of a part", before, ("hf_clmul.run_request", "save_state", "shard0-slice1/state")),
+    ("before the state of a part", before, ("hf_clmul.run.request", "save_state", "shard0-slice1/state")),
     ("in the last part", at_step, (f"{NAMES[3]}/shard1-slice1", 1)),
-    ("in the evaluation of all parts", before, ("hf_clmul.run_stages", "measure", "after learning parts")),
-    ("after a deletion", before, ("hf_clmul.run_stages", "measure", "after unlearning gone")),
+    ("in the evaluation of all parts", before, ("hf_clmul.run.stages", "measure", "after learning parts")),
+    ("after a deletion", before, ("hf_clmul.run.stages", "measure", "after unlearning gone")),
     ("in what tells of the deletion", in_ledger, ("erased",)),
     ("in the retraining of a part", at_step, (NAMES[5], 1)),
     ("when replaced weights are deleted", before, ("shutil", "rmtree", "03-learn-parts")),
     ("in an adapter below another one", at_step, (NAMES[6], 2)),
-    ("in the export", before, ("hf_clmul.export", "_check", "adapters")),
+    ("in the export", before, ("hf_clmul.run.export", "_check", "adapters")),
 ]
 
 

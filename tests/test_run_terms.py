@@ -5,9 +5,9 @@ import json
 import pytest
 from small_run import execute, outcome, write_recipe
 
-from hf_clmul.recipe import load_recipe
-from hf_clmul.report import write_report
-from hf_clmul.run import plan_recipe
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.report.page import write_report
+from hf_clmul.run.runner import plan_recipe
 
 UNLEARNING = "unlearning: {training:"
 PEOPLE = "path: builtin:invented_people, persons: 2}"

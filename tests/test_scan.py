@@ -7,14 +7,14 @@ import pytest
 from ledger_bed import GONE, LATER, MODEL, PEOPLE, STATE, Bed, contents, lines, write
 from typer.testing import CliRunner
 
-from hf_clmul import ledger
-from hf_clmul import ledger_records as records
 from hf_clmul.cli import app
 from hf_clmul.errors import RunError
-from hf_clmul.ledger_key import key_path
-from hf_clmul.scan import scan
-from hf_clmul.scan_redact import redact
-from hf_clmul.scan_text import ERASED
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger import records
+from hf_clmul.ledger.key import key_path
+from hf_clmul.ledger.scan import scan
+from hf_clmul.ledger.scan_redact import redact
+from hf_clmul.ledger.scan_text import ERASED
 
 EXACT = "exact by deletion"
 

@@ -9,7 +9,7 @@ from tiny import EOS_ID, tiny_tokenizer
 
 from hf_clmul.data.sources import encode_dataset, exclude, load_examples, refusals, select
 from hf_clmul.errors import RecipeError
-from hf_clmul.recipe_schema import Data
+from hf_clmul.recipe.schema import Data
 
 PEOPLE = "builtin:invented_people"
 GROUPS = {"a": 1, "b": 1, "c": 2, "d": 3}

@@ -7,7 +7,7 @@ import pytest
 
 from hf_clmul.data.sources import load_examples
 from hf_clmul.paths import builtin_data
-from hf_clmul.recipe_schema import Data
+from hf_clmul.recipe.schema import Data
 
 SIZES = {  # train, held out
     "support_intents": (84, 24),

@@ -11,10 +11,10 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.shards import assign
 from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError
-from hf_clmul.exactness import why
-from hf_clmul.plan import Job, Step, plan_steps
-from hf_clmul.recipe import load_recipe
-from hf_clmul.recipe_schema import Recipe
+from hf_clmul.plan.exactness import why
+from hf_clmul.plan.steps import Job, Step, plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.schema import Recipe
 
 PERSONS, EACH = "ABCD", 6
 

@@ -7,7 +7,7 @@ from small_recipe import changed, problems
 
 from hf_clmul.objectives import TERMS, term_parameters
 from hf_clmul.objectives.active import active_terms, contexts, layers, needs
-from hf_clmul.recipe import load_recipe
+from hf_clmul.recipe.load import load_recipe
 
 
 @pytest.fixture(autouse=True)

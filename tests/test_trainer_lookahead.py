@@ -28,10 +28,10 @@ from trainer_bed import (
     windows,
 )
 
-from hf_clmul import window_passes as module
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.models import causal_lm
 from hf_clmul.models.trainable import only_trainable
+from hf_clmul.training import window_passes as module
 
 TERMS = {"forget": {"npo": {"beta": 0.2}}, "retain": {"nll": {}}}
 OTHER = {"retain": "forget", "forget": "retain"}
@@ -355,7 +355,7 @@ def test_an_inner_role_must_have_data(tmp_path):
 
 def test_deepspeed_and_ranks(tmp_path, monkeypatch):
     from hf_clmul.gradients.options import Lookahead
-    from hf_clmul.refusals import _of_lookahead
+    from hf_clmul.training.refusals import _of_lookahead
     from hf_clmul.training_args import ClmulConfig
 
     args = ClmulConfig(str(tmp_path), use_cpu=True)

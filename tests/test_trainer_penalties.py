@@ -23,8 +23,8 @@ from trainer_bed import (
     two_roles,
 )
 
-from hf_clmul.importance import measured
-from hf_clmul.penalised import Penalties
+from hf_clmul.training.importance import measured
+from hf_clmul.training.penalised import Penalties
 
 EWC, BOTH = {"ewc": {"weight": 0.5}}, {"ewc": {"weight": 0.5}, "n_lora": {"weight": 20.0}}
 ROLES = {"forget": "npo", "retain": "nll"}

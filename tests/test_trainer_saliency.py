@@ -31,7 +31,7 @@ from trainer_bed import (
 
 from hf_clmul.errors import RunError
 from hf_clmul.gradients.saliency import Held
-from hf_clmul.salient import FILE
+from hf_clmul.training.salient import FILE
 
 HALF = {"train": 0.5}
 TERMS = {"forget": {"npo": {"beta": 0.2}}, "retain": {"nll": {}}}
@@ -226,7 +226,7 @@ def test_an_adapter_that_has_learned_nothing_is_refused(tmp_path, wanted):
 
 def test_sharded_models_are_refused(tmp_path):
     from hf_clmul.gradients.active import active_rule
-    from hf_clmul.refusals import _of_arguments
+    from hf_clmul.training.refusals import _of_arguments
     from hf_clmul.training_args import ClmulConfig
 
     args = ClmulConfig(str(tmp_path), use_cpu=True, saliency=HALF)

@@ -10,9 +10,9 @@ import pytest
 from small_recipe import changed, problems
 from transformers import TrainingArguments
 
-from hf_clmul.recipe import load_recipe
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.training_fields import ADDED, FIELDS, OURS, REMOVED, TRANSFORMERS_VERSION
 from hf_clmul.training_args import ClmulConfig
-from hf_clmul.training_fields import ADDED, FIELDS, OURS, REMOVED, TRANSFORMERS_VERSION
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def training(field: str) -> str:
 def test_the_table_is_what_the_script_makes_of_the_installed_class(repo):
     script = runpy.run_path(str(repo / "scripts/make_training_fields.py"))
     assert script["table"]() == FIELDS
-    text = (repo / "hf_clmul/training_fields.py").read_text()
+    text = (repo / "hf_clmul/recipe/training_fields.py").read_text()
     assert script["BEGIN"] + script["generated"]() + script["END"] in text
 
 

@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from hf_clmul.data.roles import EpochSampler
 from hf_clmul.data.sources import refusals
 from hf_clmul.gradients.active import active_rule
-from hf_clmul.importance import measured
 from hf_clmul.trainer import ClmulTrainer
+from hf_clmul.training.importance import measured
 from hf_clmul.training_args import ClmulConfig
 
 TOKENIZER = tiny_tokenizer(refusals(), vocab=600)  # a refusal is a few tokens

@@ -13,7 +13,7 @@ from hf_clmul.paths import builtin_data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from hf_clmul.recipe_schema import Data
+    from hf_clmul.recipe.schema import Data
 
 Example = dict[str, Any]
 BUILTIN = "builtin:"

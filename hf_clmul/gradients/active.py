@@ -11,7 +11,7 @@ from hf_clmul.errors import RunError
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name, rule_parameters
 from hf_clmul.gradients.schedule import Progress
 from hf_clmul.paths import atomic_write
-from hf_clmul.recipe_problems import did_you_mean, value_problem
+from hf_clmul.recipe.problems import did_you_mean, value_problem
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from hf_clmul.recipe_problems import explained, suggestion
+from hf_clmul.recipe.problems import explained, suggestion
 
 
 class Section(BaseModel):

@@ -21,7 +21,7 @@ from hf_clmul.hashes import tensors_sha256
 from hf_clmul.paths import atomic_write
 
 if TYPE_CHECKING:
-    from hf_clmul.recipe_schema import Adapter
+    from hf_clmul.recipe.schema import Adapter
 
 TASK = "task_"
 """Before the name of a task's adapter in memory: PEFT takes none that is called `train`, `type` or `values`."""

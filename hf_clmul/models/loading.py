@@ -27,7 +27,7 @@ from hf_clmul.hashes import tensors_sha256
 from hf_clmul.paths import atomic_folder, cache_folder
 
 if TYPE_CHECKING:
-    from hf_clmul.recipe_schema import Model, Scratch
+    from hf_clmul.recipe.schema import Model, Scratch
 
 log = logging.getLogger(__name__)
 PACKAGE = "package:"

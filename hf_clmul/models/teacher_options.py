@@ -7,7 +7,7 @@ from pydantic import Field
 
 from hf_clmul.gradients.options import Section, options
 from hf_clmul.models import TEACHERS
-from hf_clmul.recipe_problems import did_you_mean, shown
+from hf_clmul.recipe.problems import did_you_mean, shown
 
 
 class Average(Section):

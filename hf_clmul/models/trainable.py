@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from hf_clmul.recipe_problems import nearest
+from hf_clmul.recipe.problems import nearest
 
 
 @contextmanager

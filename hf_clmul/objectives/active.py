@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from hf_clmul.objectives import ALTERNATIVES, TERMS, Term, keywords
 from hf_clmul.objectives.counts import COUNTS
-from hf_clmul.recipe_problems import did_you_mean, value_problem
+from hf_clmul.recipe.problems import did_you_mean, value_problem
 
 OUTPUTS = frozenset({"logps", "logits", "targets", "hidden"})
 """What a family predicts. Other needs say of whom and of what: a teacher, a second answer."""

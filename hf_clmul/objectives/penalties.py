@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from hf_clmul.objectives import keywords
 from hf_clmul.objectives.active import filled
-from hf_clmul.recipe_problems import did_you_mean
+from hf_clmul.recipe.problems import did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor

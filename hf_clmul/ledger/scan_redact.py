@@ -1,0 +1,84 @@
+"""Blanks the texts of erased examples where evaluation quotes them. Every figure stays; the report is deleted, to be
+written anew without them."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hf_clmul.errors import RunError
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.files import LEDGER, read_events
+from hf_clmul.ledger.scan import REPORT, is_evaluation, plain_texts, text_files, without_key
+from hf_clmul.ledger.scan_text import ERASED, Erased, Needles, json_values, quoted, readable
+from hf_clmul.paths import atomic_write, explained_writes
+
+_SHOWN = ("question", "answer", "generated")
+
+
+def redact(root: Path, data: Path | None = None) -> list[str]:
+    """Blanks erased texts in `examples.jsonl`, `result.json` and `results.json` of a run folder, and deletes its report
+    if it shows some; the ledger notes it. Returns the files that changed. `data` as for `scan`.
+
+    Raises RunError for a folder that is no run or is in use, a broken ledger, and without the key.
+    """
+    from hf_clmul.run.folder import RunFolder
+
+    read_events(root)  # before the lock, which would make a folder
+    with RunFolder(root).locked():
+        erased = plain_texts(root, read_events(root), data)
+        if erased is None:
+            raise RunError(without_key(root).what)
+        needles, changed = erased.needles(), {}
+        for path in text_files(root):
+            name = path.relative_to(root).as_posix()
+            if not is_evaluation(name):
+                continue
+            before = path.read_text("utf-8")
+            after = _report(path, needles) if name == REPORT else _blanked(before, path.suffix, erased, needles)
+            if after != before:
+                changed[name] = {"before": _sha256(before), "after": after and _sha256(after)}
+                _replace(path, after)
+        if changed:
+            ledger.append(root / LEDGER, "redacted", files=changed)
+    return list(changed)
+
+
+def _report(path: Path, needles: Needles) -> str | None:
+    return None if quoted(needles, readable(path)) else path.read_text("utf-8")
+
+
+def _blanked(content: str, suffix: str, erased: Erased, needles: Needles) -> str:
+    values = json_values(content, suffix)
+    if values is None:
+        raise RunError("an evaluation record is not valid JSON; run the recipe again to write it anew.")
+    blank = [_blank(value, erased, needles) for value in values]
+    if blank == values:
+        return content
+    if suffix == ".jsonl":
+        return "".join(f"{json.dumps(value)}\n" for value in blank)
+    return json.dumps(blank[0], indent=1) + "\n"
+
+
+def _blank(value: Any, erased: Erased, needles: Needles) -> Any:
+    """The value without the texts of erased rows; what quotes one elsewhere, such as an answer to another question,
+    goes too."""
+    if isinstance(value, Mapping):
+        gone = _SHOWN if erased.match(value) is not None else ()
+        return {key: ERASED if key in gone else _blank(inner, erased, needles) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_blank(inner, erased, needles) for inner in value]
+    return ERASED if isinstance(value, str) and quoted(needles, value) else value
+
+
+def _replace(path: Path, content: str | None) -> None:
+    if content is not None:
+        atomic_write(path, content)
+    else:
+        with explained_writes(path):
+            path.unlink()
+
+
+def _sha256(text: str) -> str:
+    return sha256(text.encode()).hexdigest()

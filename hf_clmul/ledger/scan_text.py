@@ -1,0 +1,198 @@
+"""Finds erased examples by their keyed hashes in files that hold rows, and their texts in any file that can be read. It
+knows hashes and texts; what lies where in a run folder, and what to do about it, is `scan`'s business."""
+
+import csv
+import html
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_clmul.data.encoding import FORMATS
+from hf_clmul.errors import RunError
+from hf_clmul.ledger.key import keyed
+from hf_clmul.ledger.records import FILTER, Event, keyed_id, tombstones
+
+ERASED = "(erased)"
+"""What stands where an erased text stood."""
+TEXT_FILES = (".json", ".jsonl", ".html", ".md", ".yaml", ".yml", ".txt", ".csv", ".log")
+SHORTEST = 16  # characters: a shorter text, such as a label, is no quotation by itself
+
+Row = Mapping[str, Any]
+
+
+Texts = tuple[str, ...]
+Needles = dict[str, list[Texts]]
+"""{hash of an erased example: alternatives}; a file quotes it if it holds all texts of one alternative."""
+
+
+@dataclass
+class Erased:
+    """The tombstones of a ledger, and the texts of those erased examples that were met in plain.
+
+    `shown` holds the forms in which an example was met, as evaluation may show it in another than it was learned in.
+    """
+
+    key: bytes
+    stones: dict[str, str]
+    by_id: dict[str, str]
+    known: set[str]
+    shown: dict[Texts, str] = field(default_factory=dict)
+    others: set[Texts] = field(default_factory=set)
+
+    def match(self, row: Row) -> str | None:
+        """Hash of the erased example that a row holds: by its texts; or by its id, where they are shown in another form
+        than they were learned in; or as such a form without its id."""
+        texts = _texts(row)
+        if not texts or ERASED in texts:
+            return None
+        hashes = [keyed(self.key, form) for form in _contents(row)]
+        for hashed in hashes:
+            if hashed in self.stones:
+                return hashed
+        if "id" in row and not self.known.intersection(hashes):
+            return self.by_id.get(keyed_id(self.key, row["id"]))
+        return self.shown.get(texts)
+
+    def learn_texts(self, rows: Iterable[Row]) -> None:
+        """Takes in the texts of rows: of erased ones to search for them, of others because they may be quoted."""
+        for row in rows:
+            if (texts := _texts(row)) and ERASED not in texts:
+                hashed = self.match(row)
+                if hashed is None:
+                    self.others.add(texts)
+                else:
+                    self.shown[texts] = hashed
+
+    def needles(self) -> Needles:
+        """What to search for. A text that is short, or that a surviving example has too, counts only with the row's
+        others."""
+        others = {_plain(text) for texts in self.others - self.shown.keys() for text in texts}
+        found: Needles = {}
+        for texts, hashed in self.shown.items():
+            plain = tuple(text for text in map(_plain, texts) if text)
+            alone = [(text,) for text in plain if len(text) >= SHORTEST and text not in others]
+            together = [plain] if sum(map(len, plain)) >= SHORTEST and not set(plain) <= others else []
+            if alone or together:
+                found.setdefault(hashed, []).extend(alone or together)
+        return found
+
+
+def erased_rows(events: Sequence[Event], key: bytes) -> Erased:
+    """What is erased and not lifted; what is only filtered is not. An id that a surviving example has too names
+    nothing."""
+    claims = {event["request"]: event["claim"] for event in events if event["event"] == "erased"}
+    stones = {example: name for example, name in tombstones(events).items() if claims[name] != FILTER}
+    pairs = {
+        (identity, example)
+        for event in events
+        if event["event"] in ("data", "erased")
+        for identity, example in zip(event["ids"], event["examples"], strict=True)
+    }
+    kept = {identity for identity, example in pairs if example not in stones}
+    by_id = {identity: example for identity, example in pairs if example in stones and identity not in kept}
+    return Erased(key, stones, by_id, {example for _, example in pairs})
+
+
+def quoted(needles: Needles, text: str) -> set[str]:
+    """Hashes of the erased examples that a text quotes."""
+    plain = _plain(text)
+    words = set(re.findall(r"\w+", plain))
+
+    def holds(needle: str) -> bool:  # looking up words first spares most searches
+        return words.issuperset(re.findall(r"\w+", needle)) and needle in plain
+
+    return {hashed for hashed, ways in needles.items() if any(all(map(holds, way)) for way in ways)}
+
+
+def readable(path: Path) -> str:
+    """All text of a file as its reader sees it: without the escapes of its format."""
+    raw = path.read_text("utf-8", errors="replace")
+    values = json_values(raw, path.suffix)
+    if values is not None:
+        return "\n".join(text for value in values for text in strings(value))
+    shown = html.unescape(raw)
+    unquoted = shown.replace("''", "'").replace('""', '"').replace('\\"', '"')
+    return shown if unquoted == shown else f"{shown}\n{unquoted}"
+
+
+def json_values(raw: str, suffix: str) -> list[Any] | None:
+    """What a .json file or the lines of a .jsonl file hold, a broken line as text; None for another file, or a broken
+    one."""
+    try:
+        if suffix == ".json":
+            return [json.loads(raw)]
+    except ValueError:
+        return None
+    return [_line(line) for line in raw.split("\n") if line.strip()] if suffix == ".jsonl" else None
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # a kill can leave half a line
+        return line
+
+
+def rows_in(value: Any) -> Iterator[dict[str, Any]]:
+    """Every mapping inside plain data, the outer ones first."""
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from rows_in(inner)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text inside plain data; of mappings, the values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+def data_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a user names. Raises RunError if there are none in a form that was learned."""
+    if not path.is_file():
+        raise RunError(f"--data {path}: no such file.")
+    raw = path.read_text("utf-8", errors="replace")
+    if path.suffix == ".csv":
+        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(raw, newline="")))
+    else:
+        rows = [row for value in json_values(raw, path.suffix) or [] for row in rows_in(value)]
+    if not any(_contents(row) for row in rows):
+        known = "; ".join(" + ".join(names) for names in FORMATS)
+        raise RunError(
+            f"--data {path}: no examples in it. Give a .jsonl, .json or .csv file with the columns as they were "
+            f"learned (after `columns` in the recipe): {known}."
+        )
+    return rows
+
+
+def _contents(row: Row) -> list[str]:
+    """The canonical forms in which the texts of a row may have been learned. Evaluation calls them question and answer,
+    whatever they are called in the data."""
+    forms = [{name: row[name] for name in names} for names in FORMATS if all(name in row for name in names)]
+    if "question" in row and "answer" in row:
+        forms.append({"prompt": row["question"], "completion": row["answer"]})
+        if not row["question"]:
+            forms.append({"text": row["answer"]})
+    return [json.dumps(form, sort_keys=True) for form in forms]
+
+
+def _texts(row: Row) -> Texts:
+    """The texts of a row's first known form; of messages, what is said."""
+    for names in FORMATS:
+        if all(name in row for name in names):
+            values = [row[name] for name in names]
+            said = [[m.get("content") for m in v if isinstance(m, dict)] if isinstance(v, list) else v for v in values]
+            return tuple(text for text in strings(said) if text)
+    return ()
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""What a recipe will do, worked out before anything trains."""

@@ -1,0 +1,171 @@
+"""What a run would cost, worked out without training: steps, tokens, trainable parameters, memory. Weights are not loaded;
+the architecture is built on the meta device."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_clmul.data.sources import encode_dataset
+from hf_clmul.errors import RecipeError
+from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
+from hf_clmul.models import adapters
+from hf_clmul.models.loading import load_architecture, make
+from hf_clmul.models.teacher_options import teacher_choice
+from hf_clmul.models.trainable import matching
+from hf_clmul.objectives import TERMS
+from hf_clmul.objectives.active import active_terms
+from hf_clmul.objectives.penalties import PENALTIES
+from hf_clmul.plan.exactness import exact_instead, why
+from hf_clmul.plan.job_steps import draws, optimizer_steps
+from hf_clmul.plan.steps import Job, Step
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.recipe.streams import BASE
+from hf_clmul.report.claims import APPROXIMATE
+from hf_clmul.training.importance import measured
+from hf_clmul.training.preparation import is_random
+from hf_clmul.training_args import ClmulConfig
+
+
+def estimate(recipe: Recipe, steps: Sequence[Step], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry a request, for one process. `texts` train the tokenizer of a model made from scratch.
+
+    `tokens` are those of all roles' examples, each as often as it is seen (a last partial pass counts at mean length), also
+    in training that a term asks for before its own; `memory_bytes` is weights, gradients, AdamW state, teachers and
+    snapshots, before activations. Raises RecipeError for a model or an example that cannot be used.
+    """
+    if recipe.model.scratch is not None:
+        model, tokenizer = make(recipe.model.scratch, texts, 0)
+    else:
+        model, tokenizer = load_architecture(recipe.model)
+    lengths: dict[tuple[int, int | None], int] = {}
+    entries = []
+    for step in steps:
+        jobs = [_job(recipe, step, job, tokenizer, lengths) for job in step.jobs]
+        model = _stand_in(recipe, step, model)
+        shown = {} if not step.jobs else _size(recipe, step, step.jobs[0], model)
+        entries.append({
+            "request": step.name, "examples": {role: len(rows) for role, rows in step.roles.items()},
+            "steps": sum(steps for steps, _ in jobs), "tokens": round(sum(tokens for _, tokens in jobs)),
+            "how": step.how, "why": why(recipe, steps, step), "parts": [job.part for job in step.jobs if job.part],
+            "remembered": sum(map(len, step.memory.values())), "instead": _instead(recipe, steps, step),
+            **{"trainable_parameters": 0, "memory_bytes": None, **shown},
+        })  # fmt: skip
+    return entries
+
+
+def _stand_in(recipe: Recipe, step: Step, model: Any) -> Any:
+    """What a request trains. Only a pattern may name the adapter: all else is worked out on one for all."""
+    if recipe.adapter is None or not step.jobs:
+        return model
+    section = recipe.learning if "learn" in step.jobs[0].roles else recipe.unlearning
+    return adapters.stand_in(model, recipe.adapter, "any" if section.trainable is None else step.jobs[0].adapter)
+
+
+def _instead(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any] | None:
+    """What an approximate request would have to train again to be exact, {"trainings", "steps"}; None for any other."""
+    if step.how != APPROXIMATE or step.request.from_task == BASE:
+        return None
+    trainings, count = exact_instead(recipe, steps, step)
+    return {"trainings": trainings, "steps": count}
+
+
+def _job(
+    recipe: Recipe, step: Step, job: Job, tokenizer: Any, lengths: dict[tuple[int, int | None], int]
+) -> tuple[int, float]:
+    """Optimizer steps and tokens of one training."""
+    training = recipe.request_training(job.settings_of)
+    most = training.get("max_length", ClmulConfig.max_length)
+    means = {
+        role: _mean_length(rows, tokenizer, most, lengths, f"{step.name}, {role}") for role, rows in job.roles.items()
+    }
+    terms = recipe.unlearning.forget if "forget" in job.roles else {}
+    edited = any(TERMS[name].edit for name in terms)
+    tokens = 0 if edited else sum(means.values()) * draws(job, training)
+    if reinforced := _reinforced(terms):
+        tokens += reinforced.epochs * len(job.roles["forget"]) * means["forget"]
+    return 0 if edited else optimizer_steps(job, training), tokens
+
+
+def _mean_length(
+    rows: Sequence[Any], tokenizer: Any, most: int | None, lengths: dict[tuple[int, int | None], int], what: str
+) -> float:
+    """Mean number of tokens; a row that many requests meet is encoded once."""
+    new = [row for row in rows if (id(row), most) not in lengths]
+    found = encode_dataset(new, tokenizer, most, what)
+    lengths |= {(id(row), most): len(one["input_ids"]) for row, one in zip(new, found, strict=True)}
+    return sum(lengths[id(row), most] for row in rows) / len(rows)
+
+
+def _size(recipe: Recipe, step: Step, job: Job, model: Any) -> dict[str, int]:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    section = recipe.learning if "learn" in job.roles else recipe.unlearning
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if section.trainable is not None:
+        try:
+            trained = matching(model, section.trainable)
+        except ValueError as error:
+            raise RecipeError(f"request {step.name}: {error}") from error
+    count, once = sum(p.numel() for p in trained), sum(p.numel() * p.element_size() for p in trained)
+    kept = _teacher_is_a_copy(recipe, job)
+    kept += "forget" in job.roles and _reinforced(recipe.unlearning.forget) is not None
+    choosing, salient = _of_saliency(recipe, job, count, once)
+    importance = _of_importance(recipe, job, model)
+    unlearned = active_terms("forget", recipe.unlearning.forget) if "forget" in job.roles else []
+    models = 1 + any(is_random(active) for active in unlearned)
+    return {
+        "trainable_parameters": count,
+        "memory_bytes": models * weights
+        + kept * once
+        + importance
+        + max(choosing, _copies(recipe, job) * once + salient),
+    }
+
+
+def _copies(recipe: Recipe, job: Job) -> int:
+    """Of what trains, in a step: gradient, two AdamW moments, a snapshot for each further role, the state of the
+    conflict rule, what a look ahead puts back, and what measuring the change keeps."""
+    learns = "learn" in job.roles
+    rule = CONFLICT_RULES[rule_name((recipe.learning if learns else recipe.unlearning).conflict)]
+    roles, ahead = len(job.roles), not learns and recipe.unlearning.lookahead is not None
+    compares = roles > 1 and (ahead or bool(rule.needs & {"gram", "gradients"}))
+    measures = recipe.request_training(job.settings_of).get("change_steps", 0) > 0
+    snapshots = roles - 1 if compares or measures else 0
+    if compares:
+        snapshots += ("state" in rule.needs) + ahead
+    # All roles' gradients and the weights; then their change, which takes the place of a snapshot where there is one.
+    return 3 + snapshots + (roles + 1 + (roles == 1) if measures else 0)
+
+
+def _of_saliency(recipe: Recipe, job: Job, count: int, once: int) -> tuple[int, int]:
+    """(bytes while weights are chosen, before any step; bytes in every step). A mask has a byte for each weight."""
+    wanted = recipe.unlearning.saliency
+    if "learn" in job.roles or wanted is None:
+        return 0, 0
+    masks = (wanted.train is not None) * count
+    marked = (wanted.trim is not None) * count
+    held = 0 if wanted.train is None else round((1 - wanted.train) * once)
+    # The forget gradient, its scores, and these once more in float32, in a row.
+    return 2 * once + 4 * count + masks + marked, masks + held
+
+
+def _of_importance(recipe: Recipe, job: Job, model: Any) -> int:
+    """Bytes of what older tasks need of each weight, in float32, where a penalty asks for it."""
+    asks = any("importance" in PENALTIES[name].needs for name in recipe.learning.penalties)
+    return 4 * sum(p.numel() for p in measured(model).values()) if asks and "learn" in job.roles else 0
+
+
+def _teacher_is_a_copy(recipe: Recipe, job: Job) -> bool:
+    """A new adapter is its own teacher when switched off; whatever else trains is copied. A moving average always is one."""
+    if teacher_choice(recipe.teacher)[1] is not None:
+        return True
+    learns = "learn" in job.roles
+    wanted = {
+        "learn": recipe.learning.learn, "forget": recipe.unlearning.forget, "retain": recipe.unlearning.retain,
+        "memory": recipe.learning.memory if learns else recipe.unlearning.memory,
+    }  # fmt: skip
+    wants = any("teacher" in active.term.needs for role in job.roles for active in active_terms(role, wanted[role]))
+    return wants and not (learns and recipe.adapter is not None)
+
+
+def _reinforced(terms: Mapping[str, Any]) -> Any:
+    """The settings of the training on the forget data that a term asks for before its own, or None."""
+    return next((t.preparation for t in active_terms("forget", terms) if "reinforced" in t.term.needs), None)

@@ -1,0 +1,1 @@
+"""The recipe: from YAML to frozen types, with every mistake found at once."""

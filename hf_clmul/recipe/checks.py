@@ -1,0 +1,230 @@
+"""What must fit together in a recipe: names that point at other names, terms and their roles, settings at
+odds. It works on the plain tree, so that these problems are found beside those of the schema, and opens no
+file."""
+
+import re
+from typing import Any
+
+from hf_clmul.evaluation import SUITES
+from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_parameters
+from hf_clmul.models import FAMILIES
+from hf_clmul.objectives import TERMS, term_parameters
+from hf_clmul.objectives.active import odd_company
+from hf_clmul.objectives.penalties import PENALTIES, penalty_parameters
+from hf_clmul.recipe.problems import Key, Problems, one_of, shown, suggestion, value_problem
+from hf_clmul.recipe.schema import Weight
+from hf_clmul.recipe.streams import check_name, check_requests, check_teacher, check_where
+from hf_clmul.recipe.training import check_training, requests
+from hf_clmul.recipe.tree import Tree
+
+TERM_TABLES: dict[Key, str] = {  # where terms are named, and the role they play there
+    ("learning", "learn"): "learn",
+    ("learning", "memory"): "memory",
+    ("unlearning", "forget"): "forget",
+    ("unlearning", "retain"): "retain",
+    ("unlearning", "memory"): "memory",
+}
+RULE: Key = ("unlearning", "conflict")
+RULES: tuple[Key, ...] = (("learning", "conflict"), RULE)
+BUILTIN_SPLITS = ("train", "held_out")
+
+
+def check_recipe(tree: Tree, problems: Problems) -> None:
+    """Adds every problem of a recipe that the schema cannot see. Wrong types are passed over: the schema has
+    them."""
+    check_name(tree, ("family",), FAMILIES, "family", problems)
+    check_teacher(tree, problems)
+    for rule in RULES:
+        _check_rule(tree, rule, problems)
+    suites = tree.get("evaluation", "suites")
+    for i in range(len(suites) if isinstance(suites, list) else 0):
+        check_name(tree, ("evaluation", "suites", i), SUITES, "suite", problems)
+    for section in ("learning", "unlearning"):
+        _check_pattern(tree, (section, "trainable"), problems)
+    _check_model(tree, problems)
+    for name in tree.section("data"):
+        _check_data(tree, ("data", name), problems)
+    for group in ("held_out", "forget"):
+        check_name(tree, ("evaluation", group), tree.section("data"), "data set", problems)
+    check_requests(tree, problems)
+    replays = {("requests", i, "learn", "memory"): "memory" for i, kind in requests(tree) if kind == "learn"}
+    for table, role in {**TERM_TABLES, **replays}.items():
+        _check_terms(tree, table, role, problems)
+    _check_penalties(tree, problems)
+    _check_edit(tree, problems)
+    _check_lookahead(tree, problems)
+    _check_single_role(tree, problems)
+    check_training(tree, problems)
+
+
+def _edits(tree: Tree) -> list[str]:
+    return [name for name in tree.section("unlearning", "forget") if name in TERMS and TERMS[name].edit]
+
+
+def _check_edit(tree: Tree, problems: Problems) -> None:
+    """An edit takes no step, so that nothing can be retained by one; and it works on whole weights."""
+    for name in _edits(tree):
+        for option in ("lookahead", "saliency"):
+            if tree.get("unlearning", option) is not None:
+                what = f"{name} is an edit, which takes no step, so that {option} cannot act"
+                problems.at(tree, ("unlearning", option), what, hint="remove it, or take another forget term")
+        if tree.get("unlearning", "retain") != {}:
+            what = "is an edit, which takes no step, so that no retain term can act"
+            problems.at(tree, ("unlearning", "forget", name), what, hint="add `retain: {}` to `unlearning`")
+        if tree.get("adapter") is not None:
+            what = f"{name} works on whole weights, and to negate an adapter's factors is not to negate their product"
+            problems.at(tree, ("adapter",), what, hint="remove `adapter`, or take another forget term")
+
+
+def _check_lookahead(tree: Tree, problems: Problems) -> None:
+    """Of what the trainer refuses, the part that the recipe alone tells."""
+    key: Key = ("unlearning", "lookahead")
+    if tree.get(*key) is None:
+        return
+    if _rule(tree) == "alternate":
+        what = "`conflict: alternate` steps on one role at a time, so that there is no other to look ahead to"
+        problems.at(tree, key, what, hint="remove it, or take another rule")
+    dtype, scratch = tree.get("model", "dtype"), tree.get("model", "scratch")
+    if dtype in ("bfloat16", "float16") and tree.get("adapter") is None and scratch is None:
+        what = f"moves the weights a little and back, which {dtype} weights round away"
+        hint = "remove `model.dtype` and set `training: {bf16: true}` (mixed precision), or train an `adapter`"
+        problems.at(tree, key, what, hint=hint)
+
+
+def _check_single_role(tree: Tree, problems: Problems) -> None:
+    """What works between roles has nothing to work on where nothing is retained."""
+    if tree.get("unlearning", "retain") != {} or tree.section("unlearning", "memory"):
+        return
+    edits = _edits(tree)
+    hint = "remove it" if edits else "remove it, or give `retain` a term"
+    if _rule(tree) in CONFLICT_RULES and _rule(tree) not in UNOPPOSED:
+        problems.at(tree, RULE, "`retain: {}` leaves one role, which is in conflict with none", hint=hint)
+    if tree.get("unlearning", "lookahead") is not None and not edits:
+        what = "`retain: {}` leaves one role, with no other to look ahead to"
+        problems.at(tree, ("unlearning", "lookahead"), what, hint=hint)
+
+
+def _rule(tree: Tree) -> str | None:
+    """The conflict rule that the recipe names, with or without parameters."""
+    rule = tree.get(*RULE)
+    return rule if isinstance(rule, str) else next(map(str, tree.section(*RULE)), None)
+
+
+def _check_rule(tree: Tree, key: Key, problems: Problems) -> None:
+    check_name(tree, key, CONFLICT_RULES, "conflict rule", problems)
+    given = tree.section(*key)
+    if tree.get(*key) == {} or len(given) > 1:
+        found = ", ".join(map(str, given))
+        problems.at(tree, key, "must name one rule", one_of(CONFLICT_RULES), f"'{found}'" if found else "")
+        return
+    for name, parameters in given.items():
+        if name not in CONFLICT_RULES:
+            hint = suggestion(name, CONFLICT_RULES)
+            expected = one_of(CONFLICT_RULES)
+            problems.at(tree, (*key, name), "unknown conflict rule", expected, f"'{name}'", hint)
+            continue
+        known = rule_parameters(name)
+        for parameter, value in (parameters if isinstance(parameters, dict) else {}).items():
+            at = (*key, name, parameter)
+            if parameter not in known:
+                expected = one_of(known) if known else "none"
+                hint = suggestion(parameter, known)
+                problems.at(tree, at, "unknown parameter", expected, f"'{parameter}'", hint)
+            elif problem := value_problem(known[parameter][0], value):
+                problems.at(tree, at, **problem)
+
+
+def _check_pattern(tree: Tree, key: Key, problems: Problems) -> None:
+    pattern = tree.get(*key)
+    try:
+        re.compile(pattern if isinstance(pattern, str) else "")
+    except re.error as error:
+        problems.at(tree, key, f"{error}", "a regular expression", shown(pattern))
+
+
+def _check_model(tree: Tree, problems: Problems) -> None:
+    model = tree.section("model")
+    path, scratch = model.get("path"), model.get("scratch")
+    if path is not None and scratch is not None:
+        problems.at(tree, ("model", "scratch"), "given beside model.path", hint="remove one of the two")
+    elif "model" in tree.value and isinstance(tree.value["model"], dict) and path is None and scratch is None:
+        problems.at(tree, ("model",), "names no model", "path or scratch")
+    if isinstance(scratch, dict) and tree.get("adapter") is not None:
+        what = "a model made from scratch is trained whole, so that `model/` loads by itself"
+        problems.at(tree, ("adapter",), what, hint="remove `adapter`")
+    if isinstance(path, str) and path.startswith("package:"):
+        package, _, file = path.removeprefix("package:").partition("/")
+        if not (package and file):
+            problems.at(tree, ("model", "path"), "", "package:NAME/FILE", f"'{path}'")
+    flag: Key = ("model", "trust_remote_code")
+    if model.get("trust_remote_code") is True and tree.place(*flag).folder is None:
+        hint = "if you trust the model's code, add model.trust_remote_code=true to the command"
+        problems.at(tree, flag, "a recipe from the Hub cannot switch this on", hint=hint)
+    hidden, heads = tree.get("model", "scratch", "hidden"), tree.get("model", "scratch", "heads")
+    # rotary position embeddings turn pairs of dimensions
+    if type(hidden) is type(heads) is int and heads > 0 and hidden % (2 * heads):
+        expected = f"a multiple of 2 x heads = {2 * heads}"
+        problems.at(tree, ("model", "scratch", "hidden"), "", expected, shown(hidden))
+    layers = tree.get("adapter", "layers")
+    if layers in ("last-0", []):
+        problems.at(tree, ("adapter", "layers"), "trains no layer", "last-1 or more", shown(layers))
+
+
+def _check_data(tree: Tree, key: Key, problems: Problems) -> None:
+    data = tree.section(*key)
+    path = data.get("path")
+    if isinstance(path, str) and path.startswith("builtin:"):
+        check_name(tree, (*key, "split"), BUILTIN_SPLITS, "split", problems)
+    elif isinstance(path, str) and data.get("persons") is not None:
+        hint = "choose rows with `where`, or remove it"
+        problems.at(tree, (*key, "persons"), "is for built-in data only", hint=hint)
+    check_where(tree, (*key, "where"), "leave it out to take all rows", problems)
+
+
+def _check_terms(tree: Tree, table: Key, role: str, problems: Problems) -> None:
+    fitting = [name for name, term in TERMS.items() if role in term.roles]
+    optional = role in ("retain", "memory")  # to forget without retaining, and to learn without replay, are baselines
+    if tree.get(*table) == {} and not optional:
+        problems.at(tree, table, "names no term", one_of(fitting))
+    if problem := odd_company([name for name in tree.section(*table) if name in fitting]):
+        problems.at(tree, table, problem)
+    for name, given in tree.section(*table).items():
+        key = (*table, name)
+        if name not in TERMS:
+            hint = suggestion(name, fitting)
+            problems.at(tree, key, f"unknown {role} term", one_of(fitting), f"'{name}'", hint)
+        elif name not in fitting:
+            what = f"is a term for {' and '.join(TERMS[name].roles)} and not for {role}"
+            problems.at(tree, key, what, one_of(fitting), f"'{name}'")
+        elif isinstance(given, dict):
+            _check_parameters(tree, key, _term_types(name), given, problems)
+
+
+def _check_penalties(tree: Tree, problems: Problems) -> None:
+    table: Key = ("learning", "penalties")
+    for name, given in tree.section(*table).items():
+        if name not in PENALTIES:
+            hint = suggestion(name, PENALTIES)
+            problems.at(tree, (*table, name), "unknown penalty", one_of(PENALTIES), f"'{name}'", hint)
+            continue
+        if isinstance(given, dict):
+            types = {parameter: annotation for parameter, (annotation, _) in penalty_parameters(name).items()}
+            _check_parameters(tree, (*table, name), {**types, "weight": Weight}, given, problems)
+        if PENALTIES[name].of_adapters and tree.get("adapter") is None:
+            what = "acts on the factors of an adapter, and there is none"
+            problems.at(tree, (*table, name), what, hint="add an `adapter` section, or take ewc")
+
+
+def _term_types(term: str) -> dict[str, Any]:
+    types = {name: annotation for name, (annotation, _) in term_parameters(term).items()}
+    return types if TERMS[term].edit else {**types, "weight": Weight}
+
+
+def _check_parameters(tree: Tree, key: Key, types: dict[str, Any], given: dict[str, Any], problems: Problems) -> None:
+    for name, value in given.items():
+        if name not in types:
+            hint = suggestion(name, types)
+            problems.at(tree, (*key, name), "unknown parameter", one_of(types), f"'{name}'", hint)
+            continue
+        if problem := value_problem(types[name], value):
+            problems.at(tree, (*key, name), **problem)

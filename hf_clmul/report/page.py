@@ -1,0 +1,289 @@
+"""From the record of a run (results.json, logs, recipe, ledger) to one HTML file that opens anywhere, with
+its figures beside it. It knows files and the page; words, tables and figures come from `report_*`."""
+
+import base64
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_clmul.errors import RunError
+from hf_clmul.report.claims import claims, explained
+from hf_clmul.report.stream import (
+    LEGEND,
+    StreamMetric,
+    StreamTable,
+    Unlearned,
+    has_stream,
+    metric_rows,
+    stream_table,
+    unlearned_rows,
+)
+from hf_clmul.report.tables import (
+    DASH,
+    FORGET,
+    group_keys,
+    group_tables,
+    has_unlearned,
+    metric_keys,
+    metric_label,
+    metric_meaning,
+    sample_groups,
+)
+from hf_clmul.report.words import checks, format_bytes, format_seconds, key_figures, model_name, summary
+
+SCHEMA = 1
+_TEMPLATE = "report.html.j2"
+_DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page
+
+Record = dict[str, Any]
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure for light and dark pages, as data URIs, with its words for those who do not see it."""
+
+    light: str
+    dark: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """The curves of one request; `missing` says why there are none."""
+
+    title: str
+    facts: str
+    pictures: list[Picture]
+    missing: str | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The matrix R as a table and as a picture of `width` pixels, its metrics, and what was unlearned."""
+
+    table: StreamTable
+    legend: str
+    picture: Picture
+    width: int
+    metrics: list[StreamMetric]
+    unlearned: list[Unlearned]
+    meanings: list[str]
+
+
+def write_report(run: Path) -> Path:
+    """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
+
+    Raises RunError if RUN/results.json is missing, broken or of another version.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from hf_clmul.paths import atomic_write
+
+    results = _read_results(run)
+    folder = run / "report"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(_TEMPLATE).render(
+        results=results,
+        dash=DASH,
+        model=model_name(results["model"]["path"]),
+        summary=summary(results),
+        key_figures=key_figures(results),
+        checks=checks(results),
+        tables=group_tables(results),
+        reference=results["reference"],
+        unlearned=has_unlearned(results),
+        stream=_stream(results, folder) if has_stream(results) else None,
+        bars=_bars(results, folder),
+        left_out=max(0, len(results["stages"]) - _DRAWN),
+        trainings=_trainings(run, results, folder),
+        samples=sample_groups(results),
+        titles={table.key: table for table in group_tables(results)},
+        facts=_facts(run, results),
+        recipe=_text(run / "recipe.yaml"),
+    )
+    path = folder / "report.html"
+    atomic_write(path, page)
+    return path
+
+
+def _read_results(run: Path) -> Record:
+    path = run / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(
+            f"{path} is not there, so there is nothing to report. "
+            "Give the folder of a finished run, such as runs/quickstart."
+        ) from None
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}). Run the recipe again to write it anew.") from None
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
+        raise RunError(
+            f"{path}: expected `schema` {SCHEMA}, found {found!r}. Another version of hf_clmul wrote it; "
+            "run the recipe again with this one."
+        )
+    return results
+
+
+def _stream(results: Record, folder: Path) -> Stream:
+    from hf_clmul.report import stream_figure as figures
+
+    return Stream(
+        table=stream_table(results),
+        legend=LEGEND,
+        picture=_picture(
+            lambda theme: figures.heat_map(results, theme),
+            folder / "stream.png",
+            figures.describe_heat_map(results),
+            f"{metric_label(results['stream']['score'])} of each column after each request. Framed: learned by this "
+            "request; hatched: forgotten.",
+        ),
+        width=round(96 * figures.heat_map_width(results)),
+        metrics=metric_rows(results),
+        unlearned=unlearned_rows(results),
+        meanings=[explained(claim) for claim in claims(results)],
+    )
+
+
+def _bars(results: Record, folder: Path) -> list[Picture]:
+    from hf_clmul.report import figures
+
+    if len(results["stages"]) > _DRAWN:
+        results = {**results, "stages": [results["stages"][0], *results["stages"][1 - _DRAWN :]]}
+    metrics = dict.fromkeys(
+        name
+        for group in group_keys(results)
+        for name in metric_keys(results, group)
+        if any(stage["groups"].get(group, {}).get("metrics", {}).get(name) is not None for stage in results["stages"])
+    )
+    return [
+        _picture(
+            lambda theme, metric=metric: figures.metric_bars(results, metric, theme),
+            folder / f"bars-{_file_name(metric)}.png",
+            figures.describe_bars(results, metric),
+            _bars_caption(metric),
+        )
+        for metric in metrics
+    ]
+
+
+def _bars_caption(metric: str) -> str:
+    forget, others = metric_meaning(metric, FORGET), metric_meaning(metric, "")
+    caption = others if forget == others else f"forget: {forget}; others: {others}"
+    return caption[:1].upper() + caption[1:]
+
+
+def _trainings(run: Path, results: Record, folder: Path) -> list[Training]:
+    requests = [stage for stage in results["stages"] if stage["kind"] != "base"]
+    return [_training(run, stage, folder, i >= len(requests) - _DRAWN) for i, stage in enumerate(requests)]
+
+
+def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
+    from hf_clmul.report import figures
+
+    log = stage["log"] or "its log"
+    counts = ", ".join(f"{count} {role} examples" for role, count in stage["examples"].items())
+    took = f"{stage['steps']} steps in {format_seconds(stage['seconds'])}"
+    facts = "; ".join(part for part in (stage["how"], counts, took) if part)
+    if not drawn:
+        return Training(stage["title"], facts, [], f"only the last {_DRAWN} requests are drawn; {log} has the numbers")
+    records = [] if stage["log"] is None else _read_log(run / stage["log"])
+    pictures = [
+        _picture(
+            lambda theme, curves=curves: curves.draw(records, theme),
+            folder / f"{_file_name(stage['stage'])}-{curves.name}.png",
+            figures.describe_curves(f"{stage['title']}: {curves.name}", records, curves.prefixes),
+            curves.caption,
+        )
+        for curves in figures.CURVES
+        if figures.drawable(records, curves)
+    ]
+    missing = None if pictures else f"{log} holds none"
+    return Training(stage["title"], facts, pictures, missing)
+
+
+def _picture(draw: Callable[[Any], Any], path: Path, alt: str, caption: str) -> Picture:
+    from hf_clmul.paths import atomic_write
+    from hf_clmul.report.figures import DARK, LIGHT, png
+
+    light, dark = png(draw(LIGHT)), png(draw(DARK))
+    atomic_write(path, light)
+    return Picture(_data_uri(light), _data_uri(dark), alt, caption)
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    """One record a step, in order; what a step logged twice counts as it was logged last."""
+    steps: dict[float, dict[str, float]] = {}
+    for line in (_text(path) or "").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a kill can leave half a line at the end
+            continue
+        steps.setdefault(record["step"], {}).update(record)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _facts(run: Path, results: Record) -> dict[str, Facts]:
+    """What a reader needs to do it again, {heading: [(label, value)]}; a dash for what was not recorded."""
+    model, hardware = results["model"], results["hardware"]
+    head, events = _ledger_head(run / "ledger.jsonl")
+    return {
+        "Run": _shown(
+            {"recipe": results.get("source"), "revision of the recipe": results.get("source_revision")}
+            | {"command": results["command"], "seed": results["seed"], "created": results["created"]}
+            | {"finished": results["finished"], "time of all processes": format_seconds(results["seconds"])}
+            | {"recipe SHA-256": results["recipe_sha256"], "ledger head": head, "ledger events": events}
+        ),
+        "Model": _shown(
+            {"path": model["path"], "SHA-256": model["sha256"], "dtype": model["dtype"]}
+            | {"parameters": f"{model['parameters']:,}", "trained": f"{model['trainable_parameters']:,}"}
+            | {"exported as": _export(results.get("export"))}
+        ),
+        "Hardware": _shown(
+            {name: value for name, value in hardware.items() if name != "memory_bytes"}
+            | {"memory": format_bytes(hardware["memory_bytes"])}
+            | {"peak memory of the run": format_bytes(results["peak_memory_bytes"])}
+        ),
+        "Versions": _shown(results["versions"]),
+    }
+
+
+def _export(export: Mapping[str, Any] | None) -> str | None:
+    if export is None:
+        return None
+    found = f"largest difference of logits {export['max_difference']:.2g}, allowed {export['tolerance']:.2g}"
+    return f"{export['kind']}, loaded back and compared: {found}"
+
+
+def _shown(values: Mapping[str, Any]) -> Facts:
+    return [(label, DASH if value is None else str(value)) for label, value in values.items()]
+
+
+def _ledger_head(path: Path) -> tuple[str | None, int | None]:
+    """Hash of the last whole event, and the number of events."""
+    lines = [line for line in (_text(path) or "").split("\n")[:-1] if line]
+    return (json.loads(lines[-1])["hash"], len(lines)) if lines else (None, None)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower())

@@ -1,0 +1,1 @@
+"""A recipe carried out: requests in order, their folder, measuring, export."""

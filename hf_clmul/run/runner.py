@@ -1,0 +1,242 @@
+"""Executes a recipe: its requests in order, each measured and resumable, then the export and the report.
+Knows all rooms by their doors; mathematics and file formats live elsewhere."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+
+from hf_clmul.data.encoding import encode_prompt
+from hf_clmul.data.roles import derived_seed
+from hf_clmul.data.sources import load_examples
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.stream import stream_metrics, stream_record
+from hf_clmul.evaluation.suites import Measuring
+from hf_clmul.hashes import digest
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.receipt import receipt
+from hf_clmul.models import adapters
+from hf_clmul.models.loading import load, tokenizer_sha256, weights_sha256
+from hf_clmul.paths import atomic_write
+from hf_clmul.plan.columns import evaluated, groups, texts
+from hf_clmul.plan.steps import Step, plan_steps
+from hf_clmul.recipe.load import dump_recipe
+from hf_clmul.recipe.schema import Recipe, Unlearn
+from hf_clmul.recipe.streams import BASE
+from hf_clmul.report.claims import EXACT, FILTER
+from hf_clmul.report.model_card import model_card
+from hf_clmul.report.page import write_report
+from hf_clmul.run import carried
+from hf_clmul.run.export import REPORT, Wanted, export
+from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
+from hf_clmul.run.hub import push
+from hf_clmul.run.ledger import RunLedger, check_ledger
+from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.request import Run, carry_out, on_main_first, prepare, superseded
+from hf_clmul.run.results import hardware, record, reference_of, shared, versions
+from hf_clmul.run.stages import measure_stage
+from hf_clmul.training_args import ClmulConfig
+
+
+def run_recipe(recipe: Recipe, output: Path) -> Path:
+    """Carries out a recipe into `output`, or continues what was begun there; returns the path of the report.
+
+    Raises RecipeError for unusable data, RunError if the run cannot go on; finished requests stay on disk then.
+    """
+    began = time.time()
+    with quiet_libraries(), ExitStack() as held:
+        # Several processes on CPUs find each other only if told that they are on CPUs.
+        trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
+        on_cpu = any(training.get("use_cpu", False) for training in trainings)
+        # A trainer comes too late to say how long processes wait for each other.
+        wait = timedelta(seconds=max(training.get("ddp_timeout", 1800) for training in trainings))
+        state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
+        folder, steps = RunFolder(Path(output)), plan_steps(recipe)
+        _wanted(recipe, steps)  # a mistake there must not cost hours
+        whole = groups(recipe, steps)
+        chosen, how = evaluated(recipe, steps, whole), _measuring(recipe)
+        named = [
+            load_examples(recipe.data[name], name)
+            for name in (recipe.evaluation.held_out, recipe.evaluation.forget)
+            if name
+        ]
+        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, asdict(how), named])
+        on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
+        on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
+        sha256 = recipe_sha256(recipe)
+        if folder.finished(sha256) is None:
+            with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
+                loaded = load(recipe.model, texts(whole), derived_seed(recipe.seed, "model"))
+            model = loaded.model.to(state.device)
+            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model), began)
+        on_main_first(state, lambda: _close(recipe, folder, steps))
+    return folder.report
+
+
+def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
+    """What `run_recipe` would do, one entry a request, without training. Raises RecipeError as it would."""
+    from hf_clmul.plan.estimates import estimate
+
+    with quiet_libraries():
+        steps = plan_steps(recipe)
+        _wanted(recipe, steps)
+        return estimate(recipe, steps, texts(groups(recipe, steps)))
+
+
+def _execute(run: Run, began: float) -> None:
+    """All stages that are not finished yet, then the export."""
+    prepare(run)
+    base: dict[str, str] = {}
+    if run.main:
+        base = {"weights_sha256": weights_sha256(run.model), "tokenizer_sha256": tokenizer_sha256(run.loaded.tokenizer)}
+    on_main_first(run.state, lambda: run.folder.begin(run.recipe, run.steps, base))
+    if run.main:
+        run.ledger = RunLedger(run.recipe, run.steps, run.folder)
+        processes = run.state.num_processes
+        about = {"versions": versions(), "hardware": hardware(run.state.device.type, processes)}
+        run.ledger.begun(run.recipe_sha256, base, processes, **about)
+    carried.read_targets(run)
+    first = {"title": "before learning", "seconds": 0.0, "steps": 0, "examples": {}, "how": "", "log": None, **base}
+    measure_stage(run, None, {"stage": "base", "kind": "base", **first})
+    _write_record(run, "running", began)
+    for step in run.steps:
+        trained = carry_out(run, step)
+        if trained is not None:
+            log_file = (run.folder.request(step) / "log.jsonl").relative_to(run.folder.root)
+            stage = {
+                "stage": step.name, "kind": step.kind, "title": step.title, "how": step.how,
+                "examples": {role: len(rows) for role, rows in step.roles.items()},
+                "log": log_file.as_posix() if any(not job.part for job in step.jobs) else None, **trained,
+            }  # fmt: skip
+            measure_stage(run, step, stage)
+            _write_record(run, "running", began)
+        if not any((run.folder.request(later) / "settings.json").is_file() for later in run.steps[step.index + 1 :]):
+            _settle(run, step, base.get("weights_sha256", ""))
+        run.state.wait_for_everyone()
+    on_main_first(run.state, lambda: _finish(run, began))
+
+
+def _settle(run: Run, step: Step, base: str) -> None:
+    """What a finished request leaves on disk: the memory as it is now, and no weights from which nothing starts any more."""
+    if run.recipe.memory is not None:
+        carried.remember(run, step)
+    if not run.main:
+        return
+    if run.recipe.memory is not None:
+        run.ledger.remembers(step)
+    # As the ledger has them: a kill may come between deleting and saying so.
+    deleted = run.ledger.recorded(run.folder.state(earlier, job) for earlier, job in superseded(run, step))
+    for job in step.jobs:
+        run.folder.clear_checkpoints(step, job)
+    for earlier, job in superseded(run, step):
+        deleted |= run.folder.clear_state(earlier, job)
+    if step.how in EXACT:  # what a complete run exported before would outlive the claim until the next export
+        for place in run.ledger.exports_of(run.folder.state(earlier, job) for earlier, job in superseded(run, step)):
+            deleted |= run.folder.delete(place)
+    if any(carried.is_shared(job, step) for job in step.jobs):  # an isolated task hands nothing on
+        for earlier, job in [(s, j) for s in run.steps[: step.index] for j in s.jobs]:
+            for path in carried.outdated(run.folder.state(earlier, job)):
+                path.unlink()
+    if step.kind == "unlearn":
+        record = run.folder.result(step)
+        now = adapters.base_sha256(run.model) if isinstance(run.model, PeftModel) else base
+        run.ledger.erased(step, record, deleted, (base, now))
+
+
+def _finish(run: Run, began: float) -> None:
+    """The export, then the final record: from then on the run is complete."""
+    wanted = _wanted(run.recipe, run.steps)
+    public = shared(_record(run, COMPLETE, began), run.recipe)
+    card = model_card(public, dump_recipe(run.recipe, shared=True), wanted.kind, run.loaded.base)
+    some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
+    probe = [encode_prompt(row, run.loaded.tokenizer) for row in some]
+    exported = export(run.loaded, run.model, run.folder, wanted, card, probe)
+    run.ledger.exported(wanted.kind)
+    run.folder.report.unlink(missing_ok=True)  # it may show an earlier export
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    whole = {**_record(run, COMPLETE, began), "export": exported, "finished": finished}
+    if isinstance(run.model, PeftModel):
+        whole["base_sha256_after"] = adapters.base_sha256(run.model)
+        if whole["base_sha256_after"] != whole["model"]["sha256"]:
+            raise RunError(f"the base model's weights changed during the run, which nothing should do. {REPORT}")
+    _write_json(run.folder.results, whole)
+
+
+def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
+    """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
+    if not folder.report.is_file():
+        for step in steps:
+            if step.kind == "unlearn":
+                atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
+        write_report(folder.root)
+    repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
+    if repo_id is not None and "pushed" not in done[len(done) - done[::-1].index("exported") :]:
+        url = push(folder, recipe)
+        ledger.append(folder.ledger, "pushed", url=url)
+
+
+def _record(run: Run, status: str, began: float) -> dict[str, Any]:
+    stages = [stage for stage in map(run.folder.result, [None, *run.steps]) if stage is not None]
+    events = ledger.verify(run.folder.ledger)
+    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, events, began)
+    now = {column.name: run.evaluated.digest(column) for column in run.evaluated.columns}
+    like = [{**s, "tasks": {c: t for c, t in s["tasks"].items() if t["rows"] == now.get(c)}} for s in stages]
+    stream = stream_record(like, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
+    return {
+        **whole, "stream": {**stream, "metrics": stream_metrics(stream)}, "ledger": ledger.head(run.folder.ledger)
+    }  # fmt: skip
+
+
+def _write_record(run: Run, status: str, began: float) -> None:
+    if run.main:
+        _write_json(run.folder.results, _record(run, status, began))
+    run.state.wait_for_everyone()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    atomic_write(path, json.dumps(content, indent=1) + "\n")
+
+
+def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
+    """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names, with what unlearns
+    from the base. Raises RecipeError for a task that is gone by then."""
+    last, chosen = steps[-1], recipe.export.tasks
+    each = {name: (name,) for name in last.stack} | dict(last.own)
+    if chosen is not None and (gone := [name for name in chosen if name not in each]):
+        raise RecipeError(
+            f"export.tasks: of task {gone[0]!r} no adapter is left to export; there are {', '.join(each) or 'none'}."
+        )
+    shared_stack = {name: each[name] for name in last.stack} or each
+    # What the base knew is unlearned by an adapter; one that could be switched off, or left out, would be a filter.
+    erases = [
+        job.adapter
+        for step in steps
+        if isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
+        for job in step.jobs
+        if job.adapter is not None
+    ]
+    parts = [part for name in dict.fromkeys([*(chosen or shared_stack), *erases]) for part in each[name]]
+    named = {name: tuple(adapters.TASK + part for part in own) for name, own in each.items()}
+    return Wanted(
+        tuple(adapters.TASK + part for part in parts), named, bool(parts) and (recipe.export.merge or bool(erases))
+    )
+
+
+def _measuring(recipe: Recipe) -> Measuring:
+    """The same for all stages, or their figures could not be compared: in bf16 only where every request trains so."""
+    trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
+    lengths = [training.get("max_length", ClmulConfig.max_length) for training in trainings]
+    return Measuring(
+        recipe.evaluation.batch_size,
+        recipe.evaluation.max_new_tokens,
+        all(training.get("bf16", False) for training in trainings),
+        None if None in lengths else max(lengths),
+    )

@@ -1,0 +1,107 @@
+"""The measuring of a stage: each example once, with the adapters that serve its task, then groups and columns from that. Knows
+the plan's columns and the suites; nothing of training or export."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_clmul.evaluation.metrics import aggregate
+from hf_clmul.evaluation.suites import measure, summary
+from hf_clmul.hashes import digest
+from hf_clmul.models import adapters
+from hf_clmul.paths import atomic_write
+from hf_clmul.plan.columns import Evaluated
+from hf_clmul.plan.steps import Step
+from hf_clmul.run.request import Run
+
+Row = dict[str, Any]
+
+
+def measure_stage(run: Run, step: Step | None, stage: dict[str, Any]) -> None:
+    """Measures what is not measured yet of a stage; writes the rows, then the record that marks the stage as finished.
+
+    What an earlier process measured in the same way is read back: a request that is added to a recipe asks for further
+    examples only. So is what the stage before measured with the very weights that serve it now: a request that touches one
+    task's adapter has no say in what others answer.
+    """
+    wanted, before = run.evaluated, run.folder.result(step)
+    chosen = digest(wanted.plain())
+    run.state.wait_for_everyone()  # or a slow rank would read what the main one is about to write, and wait for nobody
+    again = before is not None and before["measured"] == run.measured
+    if again and before["evaluated"] == chosen:
+        return
+    rows = {**_unchanged(run, step), **(_kept(run, step) if again else {})}
+    for names, texts in _served(run, step, [text for text in wanted.rows if wanted.key(text) not in rows]).items():
+        examples = {"rows": [wanted.rows[text] for text in texts]}
+        with adapters.serving(run.model, names) as model:
+            found = measure(model, run.loaded.tokenizer, examples, run.how, f"evaluating {stage['title']}")["rows"]
+        rows |= {wanted.key(text): row for text, row in zip(texts, found, strict=True)}
+    if run.main:
+        place = run.folder.stage(step)
+        lines = [json.dumps({"group": wanted.group(text), "task": wanted.task_of.get(text), **rows[wanted.key(text)]}) + "\n"
+                 for text in wanted.rows]  # fmt: skip
+        atomic_write(place / "examples.jsonl", "".join(lines))
+        of_groups = {name: [rows[wanted.key(text)] for text in texts] for name, texts in wanted.groups.items()}
+        record = {
+            **stage, "groups": summary(of_groups, run.recipe.evaluation.samples), "tasks": _columns(wanted, rows),
+            "adapters": run.versions, "measured": run.measured, "evaluated": chosen,
+        }  # fmt: skip
+        atomic_write(place / "result.json", json.dumps(record, indent=1) + "\n")
+    run.state.wait_for_everyone()
+
+
+def _served(run: Run, step: Step | None, texts: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
+    """The examples by the adapters that answer."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for text in texts:
+        names = tuple(adapters.TASK + name for name in _serves(run, step, text))
+        found.setdefault(names, []).append(text)
+    return found
+
+
+def _serves(run: Run, step: Step | None, text: str) -> tuple[str, ...]:
+    """The adapters that answer an example: of an isolated task its own, else the stack; none before the first task."""
+    stack, own = ((), {}) if step is None else (step.stack, step.own)
+    return own.get(run.evaluated.task_of.get(text, ""), stack)
+
+
+def _unchanged(run: Run, step: Step | None) -> dict[str, Row]:
+    """What the stage before measured with the same adapters, the same to the bit."""
+    if step is None:
+        return {}
+    last = run.steps[step.index - 1] if step.index else None
+    before = run.folder.result(last)
+    if before is None or before["measured"] != run.measured:
+        return {}
+    versions, rows = before["adapters"], _kept(run, last)
+    same = {
+        run.evaluated.key(text)
+        for text in run.evaluated.rows
+        if _weights(_serves(run, last, text), versions) == _weights(_serves(run, step, text), run.versions)
+    }
+    return {key: row for key, row in rows.items() if key in same}
+
+
+def _weights(names: Sequence[str], versions: Mapping[str, str]) -> list[tuple[str, str | None]]:
+    """What answers with these adapters; without any it is the whole model, which may be trained itself."""
+    return [(name, versions.get(name)) for name in names or ("",)]
+
+
+def _columns(wanted: Evaluated, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """{column: {"examples", "metrics"}}, of all columns at every stage."""
+    found = {}
+    for column in wanted.columns:
+        some = [rows[wanted.key(text)] for text in wanted.texts(column)]
+        found[column.name] = {"examples": len(some), "rows": wanted.digest(column), "metrics": aggregate(some, "tasks")}
+    return found
+
+
+def _kept(run: Run, step: Step | None) -> dict[str, Row]:
+    """What an earlier process measured, by key."""
+    path = run.folder.stage(step) / "examples.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    return {f"{line.pop('task') or line['group']}/{line['id']}": _without_group(line) for line in lines}
+
+
+def _without_group(line: Row) -> Row:
+    return {key: value for key, value in line.items() if key != "group"}

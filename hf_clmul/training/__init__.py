@@ -1,0 +1,1 @@
+"""The trainer's parts: what surrounds one optimizer step."""
