@@ -2,7 +2,8 @@
 
     python scripts/bench_stream.py                              recipes/stream on SmolLM2-135M, all methods, seeds 0 1 2
     python scripts/bench_stream.py --methods sequential er clmul
-    python scripts/bench_stream.py --bed conflict               the conflict stream on a model made from scratch (minutes)
+    python scripts/bench_stream.py --bed mini                   the same tasks on a small model made from scratch (a minute a run)
+    python scripts/bench_stream.py --bed conflict               the conflict stream on another one (seconds a run)
 
 A result is kept in OUTPUT/results.jsonl as soon as it is there, and a run folder that was begun goes on, so that a stopped
 comparison goes on with the same command. Several processes may share the work: give each other methods or seeds and one
@@ -41,26 +42,27 @@ METHODS = (
     "slao",
 )
 ADAPTERS = ("incremental", "o_lora", "n_lora", "slao")
-"""Methods that speak of adapters; the conflict stream trains all weights."""
-CONFLICT_MEMORY = 12
-"""A quarter of what is to be kept when the third desk is learned. With half of it (24) replay forgets next to nothing."""
+"""Methods that speak of adapters; the other beds train all weights."""
+MEMORY = {"conflict": 12, "mini": 16}
+"""Examples kept in beds of their own model. Conflict: a quarter of what is to be kept when the third desk is learned; with half
+of it (24) replay forgets next to nothing."""
 Record = dict[str, Any]
 
 
 def recipe_of(bed: str, method: str, seed: int, overrides: list[str]) -> Recipe:
-    """The recipe of a method; on the conflict stream, its way of learning with the conflict stream's model and tasks."""
+    """The recipe of a method; in a bed of its own model, the method's way of learning with that model and its tasks."""
     own = load_recipe(f"stream/{method}", [f"seed={seed}", *(overrides if bed == "stream" else [])])
     if bed == "stream":
         return own
     learning = own.learning.model_dump(include={"learn", "memory", "penalties", "conflict"})
-    memory = None if own.memory is None else {**own.memory.model_dump(), "size": CONFLICT_MEMORY}
+    memory = None if own.memory is None else {**own.memory.model_dump(), "size": MEMORY[bed]}
     sections = {
         **{f"learning.{key}": value for key, value in learning.items()},
         "memory": memory,
         "teacher": own.teacher,
     }
     taken = [f"{key}={json.dumps(value)}" for key, value in sections.items()]
-    return load_recipe("stream/conflict", [f"seed={seed}", f"name=conflict-{method}", *taken, *overrides])
+    return load_recipe(f"stream/{bed}", [f"seed={seed}", f"name={bed}-{method}", *taken, *overrides])
 
 
 def result(bed: str, method: str, seed: int, folder: Path, overrides: list[str]) -> Record:
@@ -184,7 +186,7 @@ def _spread(values: list[float | None]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bed", choices=("stream", "conflict"), default="stream")
+    parser.add_argument("--bed", choices=("stream", "mini", "conflict"), default="stream")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/bench_stream"))
