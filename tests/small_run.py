@@ -100,8 +100,8 @@ def outcome(root: Path) -> dict[str, Any]:
     results = json.loads((root / "results.json").read_text())
     metrics = {f"{stage['stage']}/{group}/{name}": value for stage in results["stages"]
                for group, found in stage["groups"].items() for name, value in found["metrics"].items()}  # fmt: skip
-    metrics |= {f"{stage['stage']}/{name}": found["metrics"] for stage in results["stages"]
-                for name, found in stage["tasks"].items()}  # fmt: skip
+    metrics |= {f"{stage['stage']}/task {task}/{name}": value for stage in results["stages"]
+                for task, found in stage["tasks"].items() for name, value in found["metrics"].items()}  # fmt: skip
     samples = {stage["stage"]: [found["samples"] for found in stage["groups"].values()] for stage in results["stages"]}
     return {"files": files, "metrics": metrics, "samples": samples, "steps": [s["steps"] for s in results["stages"]]}
 

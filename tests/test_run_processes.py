@@ -72,7 +72,8 @@ def test_two_processes_do_what_one_does_and_only_the_first_speaks(tmp_path):
     assert two["steps"] == one["steps"] == [0, 8, 4]
     assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
     told = events(tmp_path / "two")
-    assert [event["event"] for event in told] == ["run", "request", "finished", "request", "finished", "exported"]
+    learned, unlearned = ["data", "request", "finished", "derived"], ["request", "finished", "derived", "erased"]
+    assert [event["event"] for event in told] == ["run", *learned, *unlearned, "derived", "exported"]
     assert told[0]["processes"] == 2
     assert json.loads((tmp_path / "two/results.json").read_text())["hardware"]["processes"] == 2
 

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.paths import atomic_write, explained_writes, recover_folder
-from hf_clmul.plan.steps import Job, Step
 from hf_clmul.recipe.load import dump_recipe, load_recipe
 from hf_clmul.recipe.schema import Recipe
+
+if TYPE_CHECKING:  # it imports what is heavy
+    from hf_clmul.plan.steps import Job, Step
 
 COMPLETE = "complete"
 TRAINED = "training.json"
@@ -37,26 +39,26 @@ class RunFolder:
         self.base, self.requests = root / "base", root / "requests"
         self.report = root / "report" / "report.html"
 
-    def request(self, step: Step) -> Path:
+    def request(self, step: "Step") -> Path:
         return self.requests / step.name
 
-    def stage(self, step: Step | None) -> Path:
+    def stage(self, step: "Step | None") -> Path:
         """Folder with the evaluation of a stage; before the first request for None."""
         return self.base if step is None else self.request(step)
 
-    def place(self, step: Step, job: Job) -> Path:
+    def place(self, step: "Step", job: "Job") -> Path:
         """Folder of one training of a request: the request's own where there is no other."""
         return self.request(step) / job.part if job.part else self.request(step)
 
-    def state(self, step: Step, job: Job) -> Path:
+    def state(self, step: "Step", job: "Job") -> Path:
         """The weights that train, as the training left them."""
         return self.place(step, job) / "state"
 
-    def result(self, step: Step | None) -> dict[str, Any] | None:
+    def result(self, step: "Step | None") -> dict[str, Any] | None:
         """The stage's record, or None while it is unfinished."""
         return _read(self.stage(step) / "result.json")
 
-    def trained(self, step: Step, job: Job) -> dict[str, Any] | None:
+    def trained(self, step: "Step", job: "Job") -> dict[str, Any] | None:
         """What is known of a training, or None while it goes on, or once its state was removed."""
         return _read(self.state(step, job) / TRAINED)
 
@@ -92,7 +94,7 @@ class RunFolder:
             holder.unlink(missing_ok=True)
             lock.release()
 
-    def check(self, recipe: Recipe, steps: Sequence[Step], measured: str) -> None:
+    def check(self, recipe: Recipe, steps: "Sequence[Step]", measured: str) -> None:
         """Whether this recipe may be carried out here. `measured` is a digest of what is evaluated and how.
 
         Raises RunError for a folder that is not a run, or whose finished requests came from other settings. Nothing is
@@ -110,7 +112,7 @@ class RunFolder:
             if self.result(step) is not None:
                 self._check_finished(recipe, steps, step, measured)
 
-    def begin(self, recipe: Recipe, steps: Sequence[Step], base: dict[str, str]) -> None:
+    def begin(self, recipe: Recipe, steps: "Sequence[Step]", base: dict[str, str]) -> None:
         """Makes the folder, or one that `check` has let pass ready to go on: an unfinished request whose settings changed is
         removed, so that it starts anew. `base` are hashes of the base model, {"weights_sha256", "tokenizer_sha256"}.
 
@@ -139,26 +141,26 @@ class RunFolder:
                 shutil.rmtree(place)
         atomic_write(self.recipe, dump_recipe(recipe))
 
-    def start(self, recipe: Recipe, steps: Sequence[Step], step: Step) -> None:
+    def start(self, recipe: Recipe, steps: "Sequence[Step]", step: "Step") -> None:
         """Records the settings that a request is being carried out with."""
         atomic_write(
             self.request(step) / "settings.json",
             json.dumps(settings(recipe, steps, step), indent=1, sort_keys=True) + "\n",
         )
 
-    def checkpoint(self, step: Step, job: Job, processes: int) -> Path | None:
+    def checkpoint(self, step: "Step", job: "Job", processes: int) -> Path | None:
         """The newest whole checkpoint that as many processes made: with others, steps mean other examples."""
         place = self.place(step, job)
         marks = {path.parent: path.read_text("utf-8") for path in place.glob(f"checkpoint-*/{COMPLETE}")}
         whole = [path for path, made_by in marks.items() if made_by == str(processes)]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
-    def clear_checkpoints(self, step: Step, job: Job, keep: Path | None = None) -> None:
+    def clear_checkpoints(self, step: "Step", job: "Job", keep: Path | None = None) -> None:
         for path in self.place(step, job).glob("checkpoint-*"):
             if path != keep:
                 shutil.rmtree(path)
 
-    def clear_state(self, step: Step, job: Job) -> dict[str, str]:
+    def clear_state(self, step: "Step", job: "Job") -> dict[str, str]:
         """Deletes the weights that a training left, and its checkpoints. Returns the deleted files with their hashes."""
         deleted: dict[str, str] = {}
         for place in (self.state(step, job), *self.place(step, job).glob("checkpoint-*")):
@@ -188,13 +190,13 @@ class RunFolder:
         except (OSError, RecipeError):
             return False
 
-    def _unknown(self, steps: Sequence[Step]) -> list[Path]:
+    def _unknown(self, steps: "Sequence[Step]") -> list[Path]:
         """Requests in the folder that the recipe does not have."""
         known = {step.name for step in steps}
         ours = {path.parent for path in self.requests.glob("*/settings.json")}
         return [place for place in sorted(ours) if place.name not in known]
 
-    def _check_finished(self, recipe: Recipe, steps: Sequence[Step], step: Step, measured: str) -> None:
+    def _check_finished(self, recipe: Recipe, steps: "Sequence[Step]", step: "Step", measured: str) -> None:
         before, now = _read(self.request(step) / "settings.json") or {}, settings(recipe, steps, step)
         if before != now:
             old, new = _flat(before), _flat(now)
@@ -222,7 +224,7 @@ def mark_complete(checkpoint: Path, processes: int) -> None:
     atomic_write(checkpoint / COMPLETE, str(processes))
 
 
-def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any]:
+def settings(recipe: Recipe, steps: "Sequence[Step]", step: "Step") -> dict[str, Any]:
     """Everything that a request's weights depend on, the requests before it included, as plain data. What is measured is
     not: it is kept with each stage (`measured`), and measured again when it changes."""
     whole = recipe.model_dump(mode="json", by_alias=True)
@@ -233,7 +235,7 @@ def settings(recipe: Recipe, steps: Sequence[Step], step: Step) -> dict[str, Any
     return own
 
 
-def _own_settings(recipe: Recipe, whole: dict[str, Any], step: Step) -> dict[str, Any]:
+def _own_settings(recipe: Recipe, whole: dict[str, Any], step: "Step") -> dict[str, Any]:
     kind = whole["learning" if step.kind == "learn" else "unlearning"]
     request = whole["requests"][step.index][step.kind]
     return {
