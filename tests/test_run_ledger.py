@@ -176,3 +176,12 @@ def test_an_edited_ledger_stops_a_run_before_it_changes_anything(stream):
     path.write_bytes(whole)
     assert {file: file.read_bytes() for file in files} == files
     recipe.write_text(text)
+
+
+def test_the_model_descends_from_the_tasks_that_were_chosen_for_it(tmp_path):
+    base_of(tmp_path / "base")
+    run(tmp_path, learn("a", "P01") + learn("secret", "P02", ", isolated: true"), "out")
+    execute(tmp_path / "out.yaml", tmp_path / "chosen", "export.tasks=[secret]")
+    parents = {event["artefact"]: event["parents"] for event in named(tmp_path / "chosen", "derived")}
+    assert parents["model"] == parents["adapters/secret"] == ["requests/01-learn-secret/state"]
+    assert parents["adapters/a"] == ["requests/00-learn-a/state"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hf_clmul.data.shards import cost
 from hf_clmul.data.sources import content
+from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.objectives import TERMS
 from hf_clmul.plan.job_steps import optimizer_steps
 from hf_clmul.plan.lineage import Lineage, Node
@@ -33,7 +34,7 @@ def closure(recipe: Recipe, steps: Sequence[Step], texts: Iterable[str]) -> Clos
     nodes, made = [Node(ERASED, "data")], {}
     newest: dict[str, str] = {}  # of each adapter, or of the model
     teacher: list[str] = []  # the moving average, which goes from request to request
-    averages = recipe.teacher == "ema" or (isinstance(recipe.teacher, dict) and "ema" in recipe.teacher)
+    averages = teacher_choice(recipe.teacher)[1] is not None
     for step in steps:
         for removed in step.removed:
             newest.pop(removed, None)
@@ -54,7 +55,7 @@ def closure(recipe: Recipe, steps: Sequence[Step], texts: Iterable[str]) -> Clos
                 nodes.append(Node(f"alternatives written for {step.name}", "cache", (*met, *before)))
         kept = [ERASED] if any(content(row) in gone for rows in step.memory.values() for row in rows) else []
         nodes.append(Node(f"memory after {step.name}", "memory", tuple(kept)))
-    nodes += _exports(steps, newest)
+    nodes += _exports(recipe, steps, newest)
     found = [node.name for node in Lineage(nodes).closure([ERASED])]
     return Closure(found, [made[name] for name in found if name in made])
 
@@ -130,16 +131,16 @@ def _version(adapter: str, step: Step, job: Job) -> str:
     return f"{adapter} after {step.name}" + (f"/{job.part}" if job.part else "")
 
 
-def _exports(steps: Sequence[Step], newest: dict[str, str]) -> list[Node]:
+def _exports(recipe: Recipe, steps: Sequence[Step], newest: dict[str, str]) -> list[Node]:
     if not steps:
         return []
-    last = steps[-1]
-    each = {name: (name,) for name in last.stack} | dict(last.own)
+    last, each = steps[-1], steps[-1].each
     nodes = [
         Node(f"adapters/{task}", "export", tuple(newest[part] for part in parts if part in newest))
         for task, parts in each.items()
     ]
-    main = last.stack or [part for parts in last.own.values() for part in parts] or (WHOLE_MODEL,)
+    chosen = [name for name in recipe.export.tasks or last.stack or each if name in each]
+    main = [part for name in chosen for part in each[name]] or [WHOLE_MODEL]
     return [*nodes, Node("model/", "merge", tuple(newest[part] for part in main if part in newest))]
 
 

@@ -71,6 +71,11 @@ class Step:
         return self.request.task if isinstance(self.request, Learn) else self.request.name
 
     @property
+    def each(self) -> dict[str, tuple[str, ...]]:
+        """Of every task that is left after it its adapters, those of the stack first."""
+        return {name: (name,) for name in self.stack} | dict(self.own)
+
+    @property
     def title(self) -> str:
         return f"after {self.kind}ing {self.what}"
 

@@ -1,7 +1,7 @@
 """What a run writes into its ledger, and what it asks of it: who is tombstoned. One process calls it. Knows the plan and the
 records of a ledger; nothing of training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from hf_clmul.ledger.records import (
     run_record,
     tombstones,
 )
+from hf_clmul.models import adapters
 from hf_clmul.plan.exactness import closure
 from hf_clmul.plan.steps import Job, Step
 from hf_clmul.recipe.schema import Learn, Recipe
+from hf_clmul.run.export import Wanted
 from hf_clmul.run.folder import RunFolder
 
 
@@ -35,10 +37,9 @@ class RunLedger:
     def __init__(self, recipe: Recipe, steps: list[Step], folder: RunFolder) -> None:
         self.recipe, self.steps, self.folder = recipe, steps, folder
         self.path = folder.ledger
-        self.key = open_key(self.path, self.events())
-
-    def events(self) -> list[dict[str, Any]]:
-        return ledger.verify(self.path)
+        # Verified once: nobody else writes while the folder is locked, and a long stream would read it all at every step.
+        self.events = ledger.verify(self.path)
+        self.key = open_key(self.path, self.events)
 
     def begun(self, sha256: str, base: dict[str, str], processes: int, **more: Any) -> None:
         names = [step.name for step in self.steps]
@@ -57,12 +58,12 @@ class RunLedger:
             seed=self.recipe.seed,
             **more,
         )
-        ledger.append(self.path, "run", **record)
+        self._append("run", **record)
 
     def check(self, step: Step) -> None:
         """Raises RecipeError where a request is about to train on rows that were erased here and not lifted by it."""
         lifts = step.request.lifts if isinstance(step.request, Learn) else []
-        stones = {text: name for text, name in tombstones(self.events()).items() if name not in lifts}
+        stones = {text: name for text, name in tombstones(self.events).items() if name not in lifts}
         own = {step.request.name} if not isinstance(step.request, Learn) else set()
         stones = {text: name for text, name in stones.items() if name not in own}  # it was killed after it had erased
         for job in step.jobs:
@@ -72,7 +73,7 @@ class RunLedger:
 
     def starting(self, step: Step) -> None:
         """The data that a learn request is about to meet. Written once, however often it is killed."""
-        request, events = step.request, self.events()
+        request, events = step.request, self.events
         if not isinstance(request, Learn):
             return
         rows, source = step.roles["learn"], self.recipe.data[request.data]
@@ -86,7 +87,7 @@ class RunLedger:
         )
         of_task = [event for event in events if event["event"] == "data" and event["task"] == request.task]
         if not of_task or of_task[-1]["merkle_root"] != record["merkle_root"]:
-            ledger.append(self.path, "data", **record)
+            self._append("data", **record)
 
     def training(self, step: Step, job: Job | None, sha256: str, resumed: bool, why: str) -> None:
         """A training begins or goes on; None for a deletion, which needs none."""
@@ -97,15 +98,15 @@ class RunLedger:
             name=step.name, kind=step.kind, resumed=resumed, recipe_sha256=sha256, examples=examples,
             plan={"claim": step.how, "why": why, **trains},
         )  # fmt: skip
-        ledger.append(self.path, "request", **found)
+        self._append("request", **found)
 
     def trained(self, step: Step, job: Job, done: dict[str, Any], seed: int) -> None:
         lifts = step.request.lifts if isinstance(step.request, Learn) else []
-        for name in set(lifts) & set(tombstones(self.events()).values()):  # not before they are really back
-            ledger.append(self.path, "lifted", **lifted_record(name, step.name))
+        for name in set(lifts) & set(tombstones(self.events).values()):  # not before they are really back
+            self._append("lifted", **lifted_record(name, step.name))
         replayed = [keyed(self.key, content(row)) for row in job.roles.get("memory", [])]
-        ledger.append(
-            self.path, "finished", part=job.part,
+        self._append(
+            "finished", part=job.part,
             **finished_record(
                 name=step.name, weights_sha256=done["weights_sha256"], steps=done["steps"], seconds=done["seconds"],
                 seed=seed, adapter=job.adapter, teacher=self.recipe.teacher, replayed=replayed,
@@ -130,7 +131,7 @@ class RunLedger:
 
     def erased(self, step: Step, record: dict[str, Any], deleted: dict[str, str], base: tuple[str, str]) -> None:
         """An unlearn request is done: its claim, what descended from its examples, and what was deleted and is left."""
-        if any(event["event"] == "erased" and event["name"] == step.name for event in self.events()):
+        if any(event["event"] == "erased" and event["name"] == step.name for event in self.events):
             return
         texts = [content(row) for row in step.roles["forget"]]
         found = closure(self.recipe, self.steps[: step.index], texts)
@@ -142,8 +143,8 @@ class RunLedger:
         mine = [self._name(self.folder.state(step, job)) for job in step.jobs]
         rebuilt = {name: sha for name, sha in living.items() if name.rpartition("/")[0] in mine}
         surviving = {name: sha for name, sha in living.items() if name not in rebuilt}
-        ledger.append(
-            self.path, "erased",
+        self._append(
+            "erased",
             **erased_record(
                 self.key, name=step.name, request=step.request.name, task=self._task(step), claim=step.how,
                 rows=_rows(step.roles["forget"]), closure=found.artefacts, deleted=deleted, surviving=surviving,
@@ -151,32 +152,33 @@ class RunLedger:
             ),
         )  # fmt: skip
 
-    def exported(self, kind: str) -> None:
-        last = self.steps[-1]
+    def exported(self, wanted: Wanted) -> None:
+        """What was exported, and the states that it descends from."""
         newest = self._newest(len(self.steps))
-        each = {name: (name,) for name in last.stack} | dict(last.own)
-        for task, parts in each.items():
-            self._derived(self.folder.adapters / task, "adapter", [newest[p] for p in parts if p in newest], None)
-        main = list(last.stack) or [part for parts in last.own.values() for part in parts] or [""]
-        self._derived(self.folder.model, "export", [newest[part] for part in main if part in newest], None)
-        ledger.append(self.path, "exported", kind=kind, files=file_hashes(self.folder.model))
+        for task, parts in wanted.each.items():
+            self._derived(self.folder.adapters / task, "adapter", _states(newest, parts), None)
+        self._derived(self.folder.model, "export", _states(newest, wanted.parts or ("",)), None)
+        self._append("exported", kind=wanted.kind, files=file_hashes(self.folder.model))
 
     def recorded(self, places: Iterable[Path]) -> dict[str, str]:
         """{file: SHA-256} of artefacts, as they were when they were made."""
-        made = {event["artefact"]: event["sha256"] for event in self.events() if event["event"] == "derived"}
+        made = {event["artefact"]: event["sha256"] for event in self.events if event["event"] == "derived"}
         names = [name for name in map(self._name, places) if name in made]
         return {f"{name}/{file}": sha256 for name in names for file, sha256 in made[name].items()}
 
     def exports_of(self, states: Iterable[Path]) -> list[Path]:
         """What an earlier complete run exported of these states, and is still there."""
         names = {self._name(state) for state in states}
-        parents = {event["artefact"]: event["parents"] for event in self.events() if event["event"] == "derived"}
+        parents = {event["artefact"]: event["parents"] for event in self.events if event["event"] == "derived"}
         places = [self.folder.model, *sorted(self.folder.adapters.glob("*"))]
         return [place for place in places if place.is_dir() and names & set(parents.get(self._name(place), ()))]
 
+    def _append(self, event: str, **record: Any) -> None:
+        self.events.append(ledger.append(self.path, event, **record))
+
     def _derived(self, place: Any, kind: str, parents: list[str], request: str | None) -> None:
         name = self._name(place)
-        ledger.append(self.path, "derived", **derived_record(name, kind, file_hashes(place), parents, request))
+        self._append("derived", **derived_record(name, kind, file_hashes(place), parents, request))
 
     def _name(self, place: Any) -> str:
         return place.relative_to(self.folder.root).as_posix()
@@ -201,6 +203,12 @@ class RunLedger:
             for job in step.jobs:
                 found[job.adapter or ""] = self._name(self.folder.state(step, job))
         return found
+
+
+def _states(newest: Mapping[str, str], parts: Sequence[str]) -> list[str]:
+    """The states of adapters, given by their names in the model."""
+    names = [part.removeprefix(adapters.TASK) for part in parts]
+    return [newest[name] for name in names if name in newest]
 
 
 def check_ledger(folder: RunFolder) -> None:

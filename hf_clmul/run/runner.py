@@ -159,7 +159,7 @@ def _finish(run: Run, began: float) -> None:
     some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
     probe = [encode_prompt(row, run.loaded.tokenizer) for row in some]
     exported = export(run.loaded, run.model, run.folder, wanted, card, probe)
-    run.ledger.exported(wanted.kind)
+    run.ledger.exported(wanted)
     run.folder.report.unlink(missing_ok=True)  # it may show an earlier export
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     whole = {**_record(run, COMPLETE, began), "export": exported, "finished": finished}
@@ -209,12 +209,11 @@ def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
     """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names, with what unlearns
     from the base. Raises RecipeError for a task that is gone by then."""
     last, chosen = steps[-1], recipe.export.tasks
-    each = {name: (name,) for name in last.stack} | dict(last.own)
+    each = last.each
     if chosen is not None and (gone := [name for name in chosen if name not in each]):
         raise RecipeError(
             f"export.tasks: of task {gone[0]!r} no adapter is left to export; there are {', '.join(each) or 'none'}."
         )
-    shared_stack = {name: each[name] for name in last.stack} or each
     # What the base knew is unlearned by an adapter; one that could be switched off, or left out, would be a filter.
     erases = [
         job.adapter
@@ -223,7 +222,7 @@ def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
         for job in step.jobs
         if job.adapter is not None
     ]
-    parts = [part for name in dict.fromkeys([*(chosen or shared_stack), *erases]) for part in each[name]]
+    parts = [part for name in dict.fromkeys([*(chosen or last.stack or each), *erases]) for part in each[name]]
     named = {name: tuple(adapters.TASK + part for part in own) for name, own in each.items()}
     return Wanted(
         tuple(adapters.TASK + part for part in parts), named, bool(parts) and (recipe.export.merge or bool(erases))
