@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 from transformers import TrainingArguments
 
+from hf_clmul.families.options import Decay
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Protect, Saliency, options
@@ -53,6 +54,8 @@ class ClmulConfig(TrainingArguments):
         "help": "Of an unlearning request: 1 - gamma weighs the forget role's terms, gamma those of all others (UniCLUN)."})  # fmt: skip
     teacher: dict[str, Any] | str | None = field(default="before_request", metadata={
         "help": "Where targets come from: a teacher, or {teacher: {parameter: value}}."})  # fmt: skip
+    ema: float | None = field(default=None, metadata={
+        "help": "Diffusion: decay, such as 0.9999, of the moving average of what trains, which training leaves behind."})  # fmt: skip
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of an example; null keeps all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: it would hide a collapse."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: roles are not model inputs."})
@@ -70,6 +73,8 @@ class ClmulConfig(TrainingArguments):
         teacher_choice(self.teacher)
         if problem := value_problem(Annotated[float, Ge(0), Le(1)] | None, self.gamma):
             raise ValueError(f"gamma: expected {problem['expected']}, found {problem['found']}.")
+        if problem := value_problem(Decay | None, self.ema):
+            raise ValueError(f"ema: expected {problem['expected']}, found {problem['found']}.")
         if self.logging_nan_inf_filter or self.remove_unused_columns:
             raise ValueError(
                 "`logging_nan_inf_filter` and `remove_unused_columns` must stay off in ClmulConfig: the first "
