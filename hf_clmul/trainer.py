@@ -84,7 +84,7 @@ class ClmulTrainer(Trainer):
                 "give a ClmulConfig, which takes the same arguments."
             )
         if family is None and not is_text(model):
-            model, family = of_pipeline(model)
+            model, family = of_pipeline(model, args.trainable)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
@@ -98,7 +98,7 @@ class ClmulTrainer(Trainer):
         model, self.terms, self.rule, self.lookahead = asked.model, asked.terms, asked.rule, asked.lookahead
         if args.lookahead is not None and self.lookahead is None:
             log.warning("train_dataset has one role, with no other to look ahead to: lookahead is left out")
-        self.family.bind(model, args.activation_checkpointing)
+        self.family.bind(model, args.activation_checkpointing, args.autocast_dtype)
         self.teacher: Teacher | None = None
         self.teacher_state = teacher_state
         self.incompetent: nn.Module | None = None

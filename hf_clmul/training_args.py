@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Le
 from transformers import TrainingArguments
 
@@ -47,7 +48,7 @@ class ClmulConfig(TrainingArguments):
         "help": "Diffusion: {prompts: [...]}: what keys and values put out for these stays; {}: for all kept."})  # fmt: skip
     trainable: str | None = field(default=None, metadata={
         "help": "Regular expression: only parameters whose whole name matches are trained. Of diffusion models also a "
-        "name: cross_attention_kv, cross_attention, all_but_cross_attention, added_kv, full."})  # fmt: skip
+        "name: cross_attention_kv, cross_attention, all_but_cross_attention, added_kv, full, text_encoder."})  # fmt: skip
     change_steps: int = field(default=0, metadata={
         "help": "Every so many steps, log what the step changes of each role's loss to first order; 0: never."})  # fmt: skip
     gamma: float | None = field(default=None, metadata={
@@ -80,3 +81,8 @@ class ClmulConfig(TrainingArguments):
                 "`logging_nan_inf_filter` and `remove_unused_columns` must stay off in ClmulConfig: the first "
                 "hides a collapse of the model, the second drops the roles' columns. Remove them."
             )
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of mixed precision, if it is on."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
