@@ -10,7 +10,7 @@ import torch
 from diffusion_bed import Draw, lora, make, rows, two_roles
 from small_run import at_step, execute, in_process, outcome
 from test_picture_recipes import RECIPE
-from trainer_bed import Gradients, Stop, distance, lines, same, weights
+from trainer_bed import Gradients, Nudge, Stop, distance, lines, nudge, same, weights
 from transformers import CLIPTextModel
 
 from hf_clmul.errors import RecipeError, RunError
@@ -49,12 +49,11 @@ def test_the_text_encoder_alone_moves_and_outputs_change(tmp_path, rule):
 def test_gradients_are_those_of_the_whole_pipeline_by_hand(tmp_path):
     """The losses of esd, relabel, denoising and distillation, in float64, through the pipeline's own reading of the prompts."""
     pipeline, saw = SD(), Gradients()
-    trainer = make(
-        pipeline, two_roles(pipeline), tmp_path, callbacks=[saw], conflict="sum", lookahead=None, **TERMS, **TEXT
-    )
-    student = copy.deepcopy(pipeline).to(torch.float64)
-    teacher = copy.deepcopy(student)
-    window = [trainer.train_dataset[i] for i in sorted(range(4))]
+    trainer = make(pipeline, two_roles(pipeline), tmp_path, callbacks=[Nudge(), saw], conflict="sum", **TERMS, **TEXT)
+    teacher, student = copy.deepcopy(pipeline).to(torch.float64), copy.deepcopy(pipeline)
+    nudge(student.text_encoder)
+    student.to(torch.float64)
+    window = [trainer.train_dataset[i] for i in range(4)]
     trainer.train()
 
     def states(who, text):
@@ -86,14 +85,17 @@ def test_gradients_are_those_of_the_whole_pipeline_by_hand(tmp_path):
     assert distance(step, expected) < 1e-5 and max(float(g.abs().max()) for g in expected.values()) > 0
 
 
-def test_a_prompt_is_never_remembered_as_it_was_read(tmp_path):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_prompt_is_never_remembered_as_it_was_read(tmp_path, masked):
     """The batch holds what the text encoder reads; what it says is that of the pipeline at each moment."""
     pipeline = SD()
+    pipeline.text_encoder.config.use_attention_mask = masked  # as Stable Diffusion's variants may
     trainer = make(pipeline, two_roles(pipeline), tmp_path, max_steps=2, **TERMS, **TEXT, **ADAM)
     family, text = trainer.family, "a red seven"
     plain = DiffusionFamily(pipeline)
     batch = family.collator().collate(family.encoded(rows(pipeline, [text]), "here"))
-    assert set(batch["conditioning"]) == {"input_ids"} and batch["conditioning"]["input_ids"].dtype == torch.int64
+    assert set(batch["conditioning"]) == {"input_ids", *(["attention_mask"] if masked else [])}
+    assert batch["conditioning"]["input_ids"].dtype == torch.int64
 
     def both():
         live = architecture_of(pipeline).encode_prompts(pipeline, [text] * 4)
@@ -148,6 +150,28 @@ def test_mixed_precision_and_checkpointing_reach_the_denoiser(tmp_path):
     assert set(seen) == {torch.bfloat16} and distance(mixed, plain) < 0.1
 
 
+def test_an_incompetent_teacher_has_a_random_text_encoder(tmp_path):
+    pipeline = SD()
+    forget = {"incompetent": {"weights": "random"}}
+    trainer = make(pipeline, two_roles(pipeline), tmp_path, forget=forget, retain={"denoising": {}}, **TEXT)
+    other = trainer.family.random_like(trainer.model, 3)
+    assert type(other) is type(trainer.model) and not same(weights(other), weights(trainer.model))
+    before = parts(pipeline)
+    trainer.train()
+    assert {name for name, was in before.items() if not same(was, parts(pipeline)[name])} == {"text_encoder"}
+
+
+def test_an_adapter_or_a_hook_of_either_part_is_refused(tmp_path):
+    pipeline = SD()
+    pipeline.unet._hf_hook = object()
+    with pytest.raises(ValueError, match="the pipeline's unet has a hook of accelerate"):
+        make(pipeline, two_roles(pipeline), tmp_path, **TERMS, **TEXT)
+    pipeline = SD()
+    pipeline.unet.add_adapter(lora(pipeline))
+    with pytest.raises(ValueError, match="the pipeline's unet has an adapter already"):
+        make(pipeline, two_roles(pipeline), tmp_path, **TERMS, **TEXT)
+
+
 # ---- recipes -------------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +196,11 @@ def test_a_run_exports_the_whole_pipeline_and_a_killed_one_ends_the_same(recipe,
     one, other = parts(before), parts(after)
     assert {name for name in one if not same(one[name], other[name])} == {"text_encoder"}
     assert (probe(before) - probe(after)).abs().max() > 1e-4
+    configs = [
+        json.loads((tmp_path / name / "text_encoder" / "config.json").read_text())
+        for name in ("pipeline", "whole/model")
+    ]
+    assert {**configs[0], "use_cache": False} == configs[1]  # Trainer writes that into any config of transformers
 
 
 def test_the_plan_counts_what_trains(recipe):

@@ -123,14 +123,15 @@ def of_pipeline(pipeline: Any, trainable: str | None = None) -> tuple["nn.Module
     except RecipeError as error:
         raise ValueError(str(error).removeprefix("model.path: ")) from error
     family = DiffusionFamily(pipeline, trainable=trainable)
-    name = family.architecture.trained
-    if any(isinstance(module, BaseTunerLayer) for module in family.trained.modules()):
+    used = dict.fromkeys((family.architecture.trained, family.architecture.component))
+    adapted = [name for name in used if any(isinstance(m, BaseTunerLayer) for m in getattr(pipeline, name).modules())]
+    for name in adapted:
         raise ValueError(
             f"the pipeline's {name} has an adapter already, which would be trained and saved as if it were part of the {name}: "
             "merge it (fuse_lora, then unload_lora_weights) or take it out; to train it further, give a trainer's model and "
             "family: ClmulTrainer(before.model, ..., family=before.family)."
         )
-    if hasattr(family.trained, "_hf_hook"):
+    for name in (name for name in used if hasattr(getattr(pipeline, name), "_hf_hook")):
         raise ValueError(
             f"the pipeline's {name} has a hook of accelerate, as of offloading, which moves its weights during training: take it "
             "off with pipeline.remove_all_hooks()."

@@ -47,12 +47,14 @@ def stable_diffusion(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
 
 
 def token_ids(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
-    """What the text encoder reads, for one that trains: what it says changes with each step. With a mask where it takes one."""
+    """What the text encoder reads, for one that trains: what it says changes with each step. With a mask where it takes
+    one."""
     words = pipeline.tokenizer
     most = words.model_max_length
     found = words(list(prompts), padding="max_length", max_length=most, truncation=True, return_tensors="pt")
-    masked = getattr(pipeline.text_encoder.config, "use_attention_mask", False)  # as the pipeline asks
-    return {name: found[name] for name in ("input_ids", *(["attention_mask"] if masked else []))}
+    if not pipeline.text_encoder.config.to_dict().get("use_attention_mask"):  # as the pipeline asks
+        del found["attention_mask"]
+    return dict(found)
 
 
 @torch.no_grad()
