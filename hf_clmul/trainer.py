@@ -28,6 +28,7 @@ from hf_clmul.models.teachers import Reinforced, Teacher
 from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives import ROLES
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
+from hf_clmul.training.averaged import Averaged
 from hf_clmul.training.callbacks import AfterStep
 from hf_clmul.training.log import WindowLog
 from hf_clmul.training.penalised import Penalties
@@ -83,7 +84,7 @@ class ClmulTrainer(Trainer):
                 "give a ClmulConfig, which takes the same arguments."
             )
         if family is None and not is_text(model):
-            model, family = of_pipeline(model)
+            model, family = of_pipeline(model, args.trainable)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = AutoModelForCausalLM.from_pretrained(model)
@@ -97,12 +98,13 @@ class ClmulTrainer(Trainer):
         model, self.terms, self.rule, self.lookahead = asked.model, asked.terms, asked.rule, asked.lookahead
         if args.lookahead is not None and self.lookahead is None:
             log.warning("train_dataset has one role, with no other to look ahead to: lookahead is left out")
-        self.family.bind(model, args.activation_checkpointing)
+        self.family.bind(model, args.activation_checkpointing, args.autocast_dtype)
         self.teacher: Teacher | None = None
         self.teacher_state = teacher_state
         self.incompetent: nn.Module | None = None
         self.penalties = Penalties(args.penalties, importance)
         self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
+        self.averaged = Averaged(args.ema)
         self.protected = Protected(options(Protect, "protect", args.protect))
         self.reinforced: Reinforced | None = None
         self._window: GradientWindow | None = None
@@ -120,9 +122,8 @@ class ClmulTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As `Trainer.get_eval_dataloader`, for every format that the constructor takes."""
-        return super().get_eval_dataloader(
-            eval_dataset if isinstance(eval_dataset, str) else self._encoded(eval_dataset)
-        )
+        data = eval_dataset if isinstance(eval_dataset, str) else self._encoded(eval_dataset)
+        return super().get_eval_dataloader(data)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         return super().get_test_dataloader(self._encoded(test_dataset))
@@ -230,8 +231,10 @@ class ClmulTrainer(Trainer):
     def _after_step(self) -> None:
         self.salient.restore()
         self.protected.restore()
-        if self.teacher is not None and not self.accelerator.optimizer_step_was_skipped:
-            self.teacher.follow(self.state.global_step + 1)
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.averaged.follow()
+            if self.teacher is not None:
+                self.teacher.follow(self.state.global_step + 1)
         if self._change is not None:
             self._log.add_statistics(self._change.measured())
             self._change = None
@@ -307,18 +310,20 @@ class ClmulTrainer(Trainer):
                 self.salient.check(model)
             self.reinforced, self.incompetent = prepare(self)
             self.teacher = new_teacher(self, model)
+            self.averaged.start(model)
             if self.salient.wanted and not resume_from_checkpoint:
                 self.salient.choose(model, forget_gradient(self, model), self.args.seed)
             try:
                 done = super().train(resume_from_checkpoint, **kwargs)
+                self.averaged.put()
                 if isinstance(self.teacher, Ema):
                     self.teacher_state = self.teacher.state()
                 return done
             finally:
                 self._pending.clear()
                 self.incompetent = None
-                for teacher in filter(None, (self.teacher, self.reinforced)):
-                    teacher.release()
+                for held in filter(None, (self.averaged, self.teacher, self.reinforced)):
+                    held.release()
 
     def _tell_repeats(self) -> None:
         ranks, size = self.accelerator.num_processes, len(self.train_dataset)
@@ -331,9 +336,8 @@ class ClmulTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         losses = self._log.window_losses()
         # A loss scaler handles overflowing gradients itself, by skipping the step.
-        self._log.stop_if_collapsed(
-            self.state.global_step + 1, losses, norm if self.accelerator.scaler is None else None
-        )
+        guarded = norm if self.accelerator.scaler is None else None
+        self._log.stop_if_collapsed(self.state.global_step + 1, losses, guarded)
         self._log.end_window()
         self._means = [
             sum(active.weight * losses.get(f"loss/{role}/{active.name}", 0.0) for active in terms)
@@ -349,6 +353,10 @@ class ClmulTrainer(Trainer):
         if "loss" in logs:  # a line about training steps, not of an evaluation or the closing summary
             logs.update(self._log.drain())
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self.averaged.shown():
+            return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -381,18 +389,15 @@ class ClmulTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self.rule.save(Path(output_dir))
-            self.salient.save(Path(output_dir))
-            if self.teacher is not None:
-                self.teacher.save(Path(output_dir))
+            for part in filter(None, (self.rule, self.salient, self.averaged, self.teacher)):
+                part.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.rule.load(Path(checkpoint), self._trained())
-            self.salient.load(Path(checkpoint))
-            if self.teacher is not None:
-                self.teacher.load(Path(checkpoint))
+            for part in filter(None, (self.salient, self.averaged, self.teacher)):
+                part.load(Path(checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
@@ -425,6 +430,7 @@ class ClmulTrainer(Trainer):
         if not (isinstance(self.accelerator.unwrap_model(self.model), PeftModel) or self.family.own_files):
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.averaged.load(Path(self.state.best_model_checkpoint))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         given = kwargs.pop("tags", None) or []

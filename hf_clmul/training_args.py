@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Le
 from transformers import TrainingArguments
 
+from hf_clmul.families.options import Decay
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Protect, Saliency, options
@@ -46,13 +48,15 @@ class ClmulConfig(TrainingArguments):
         "help": "Diffusion: {prompts: [...]}: what keys and values put out for these stays; {}: for all kept."})  # fmt: skip
     trainable: str | None = field(default=None, metadata={
         "help": "Regular expression: only parameters whose whole name matches are trained. Of diffusion models also a "
-        "name: cross_attention_kv, cross_attention, all_but_cross_attention, added_kv, full."})  # fmt: skip
+        "name: cross_attention_kv, cross_attention, all_but_cross_attention, added_kv, full, text_encoder."})  # fmt: skip
     change_steps: int = field(default=0, metadata={
         "help": "Every so many steps, log what the step changes of each role's loss to first order; 0: never."})  # fmt: skip
     gamma: float | None = field(default=None, metadata={
         "help": "Of an unlearning request: 1 - gamma weighs the forget role's terms, gamma those of all others (UniCLUN)."})  # fmt: skip
     teacher: dict[str, Any] | str | None = field(default="before_request", metadata={
         "help": "Where targets come from: a teacher, or {teacher: {parameter: value}}."})  # fmt: skip
+    ema: float | None = field(default=None, metadata={
+        "help": "Diffusion: decay, such as 0.9999, of the moving average of what trains, which training leaves behind."})  # fmt: skip
     max_length: int | None = field(default=1024, metadata={"help": "Tokens kept of an example; null keeps all."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off: it would hide a collapse."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Off: roles are not model inputs."})
@@ -70,8 +74,15 @@ class ClmulConfig(TrainingArguments):
         teacher_choice(self.teacher)
         if problem := value_problem(Annotated[float, Ge(0), Le(1)] | None, self.gamma):
             raise ValueError(f"gamma: expected {problem['expected']}, found {problem['found']}.")
+        if problem := value_problem(Decay | None, self.ema):
+            raise ValueError(f"ema: expected {problem['expected']}, found {problem['found']}.")
         if self.logging_nan_inf_filter or self.remove_unused_columns:
             raise ValueError(
                 "`logging_nan_inf_filter` and `remove_unused_columns` must stay off in ClmulConfig: the first "
                 "hides a collapse of the model, the second drops the roles' columns. Remove them."
             )
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of mixed precision, if it is on."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None

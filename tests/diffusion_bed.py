@@ -66,8 +66,8 @@ def make(pipeline: Any, roles: Any, folder: Path | str, **options: Any) -> Clmul
     chosen = {name: options.pop(name) for name in FAMILY_TAKES if name in options}
     args = ClmulConfig(output_dir=str(folder), **{**QUIET, "max_steps": 1, "per_device_train_batch_size": 4, **options})
     if chosen:
-        family = DiffusionFamily(pipeline, Diffusion(**chosen))
-        return ClmulTrainer(family.denoiser, args, train_dataset=roles, family=family, **own)
+        family = DiffusionFamily(pipeline, Diffusion(**chosen), args.trainable)
+        return ClmulTrainer(family.trained, args, train_dataset=roles, family=family, **own)
     return ClmulTrainer(pipeline, args, train_dataset=roles, **own)
 
 

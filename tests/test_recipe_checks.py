@@ -296,6 +296,8 @@ FOREIGN = {  # of which family, what is added, and the one line that must come o
         "adapter.strategy: was never tried on diffusion models; expected stacked or single; found 'slao'"),
     "how pictures are trained": ("causal_lm", "diffusion: {resolution: 64, resize: false}",
         "diffusion.resolution: is for diffusion models; remove it, or set `family: diffusion`"),
+    "what diffusion models average": ("causal_lm", "diffusion: {ema: 0.99}",
+        "diffusion.ema: is for diffusion models; remove it, or set `family: diffusion`"),
     "how pictures are judged": ("causal_lm", "evaluation: {images: {steps: 25, axis: digit}}",
         "evaluation.images.axis: is for diffusion models; remove it, or set `family: diffusion`"),
 }  # fmt: skip

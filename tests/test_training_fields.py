@@ -58,6 +58,7 @@ def test_fields_of_our_own_are_those_of_the_config():
         "protect",
         "trainable",
         "gamma",
+        "ema",
     }
     assert config.keys() - FIELDS.keys() - in_sections == ADDED.keys()
     assert str(config["max_length"].type) == ADDED["max_length"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import Tensor, nn
 
     from hf_clmul.data.roles import RoleDataset
@@ -26,9 +27,9 @@ class Family(Protocol):
         """Raises ValueError where data cannot be encoded or collated with what the family was made from, or the model cannot
         be trained as it is."""
 
-    def bind(self, model: "nn.Module", checkpointing: bool = False) -> None:
-        """Told of the bare model before it is called, and whether its activations are to be worked out again in the backward
-        pass."""
+    def bind(self, model: "nn.Module", checkpointing: bool = False, mixed: "torch.dtype | None" = None) -> None:
+        """Told of the bare model before it is called, whether its activations are to be worked out again in the backward
+        pass, and of the type of mixed precision."""
 
     def pattern(self, trainable: str | None) -> str | None:
         """The regular expression for names of parameters that `trainable` stands for, which may be one itself. Raises
@@ -95,9 +96,10 @@ def is_text(model: Any) -> bool:
     )
 
 
-def of_pipeline(pipeline: Any) -> tuple["nn.Module", Family]:
-    """The denoiser of a diffusers pipeline, and its family. Raises ValueError for anything else, and for a pipeline that is not
-    whole or whose denoiser is changed by an adapter or a hook that the trainer would know nothing of."""
+def of_pipeline(pipeline: Any, trainable: str | None = None) -> tuple["nn.Module", Family]:
+    """What trains of a diffusers pipeline, the denoiser or its text encoder, and its family. Raises ValueError for anything
+    else, for a pipeline that is not whole, and where an adapter or a hook that the trainer would know nothing of changes what
+    trains."""
     from diffusers import DiffusionPipeline
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import nn
@@ -120,17 +122,18 @@ def of_pipeline(pipeline: Any) -> tuple["nn.Module", Family]:
         make_ready(pipeline)
     except RecipeError as error:
         raise ValueError(str(error).removeprefix("model.path: ")) from error
-    family = DiffusionFamily(pipeline)
-    name = family.architecture.component
-    if any(isinstance(module, BaseTunerLayer) for module in family.denoiser.modules()):
+    family = DiffusionFamily(pipeline, trainable=trainable)
+    used = dict.fromkeys((family.architecture.trained, family.architecture.component))
+    adapted = [name for name in used if any(isinstance(m, BaseTunerLayer) for m in getattr(pipeline, name).modules())]
+    for name in adapted:
         raise ValueError(
             f"the pipeline's {name} has an adapter already, which would be trained and saved as if it were part of the {name}: "
             "merge it (fuse_lora, then unload_lora_weights) or take it out; to train it further, give a trainer's model and "
             "family: ClmulTrainer(before.model, ..., family=before.family)."
         )
-    if hasattr(family.denoiser, "_hf_hook"):
+    for name in (name for name in used if hasattr(getattr(pipeline, name), "_hf_hook")):
         raise ValueError(
             f"the pipeline's {name} has a hook of accelerate, as of offloading, which moves its weights during training: take it "
             "off with pipeline.remove_all_hooks()."
         )
-    return family.denoiser, family
+    return family.trained, family

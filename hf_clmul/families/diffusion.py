@@ -1,7 +1,8 @@
-"""The family of diffusion models, made from a pipeline. The trainer sees the denoiser alone; the VAE, text encoders and the
-scheduler stay in the pipeline. How architectures differ is `models.diffusion`; here is only what the trainer asks."""
+"""The family of diffusion models, made from a pipeline. The trainer sees what trains alone, the denoiser or the text encoder; the
+rest stays in the pipeline. How architectures differ is `models.diffusion`; here is only what the trainer asks."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as SAFE_WEIGHTS_OF_SEVERAL
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_clmul.data.noisy import NoisyCollator
 from hf_clmul.data.roles import RoleDataset, derived_seed
@@ -33,28 +36,35 @@ from hf_clmul.objectives.prediction import Denoised
 from hf_clmul.objectives.preparation import Sampled
 
 DEFAULTS = Diffusion()
+OF_TRANSFORMERS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_OF_SEVERAL)
 Asked = tuple[Mapping[str, Any], Mapping[str, Tensor]]
 """Noisy samples at their times, and prompts for them."""
 
 
 class DiffusionFamily:
-    """What goes with the denoiser is in the pipeline, which checkpoints need not repeat."""
+    """What goes with the denoiser is in the pipeline, which checkpoints need not repeat. With `trainable` "text_encoder" that
+    trains, through the denoiser, which gets no gradient from then on (`requires_grad_(False)`)."""
 
     name = "diffusion"
     own_files = True
 
-    def __init__(self, pipeline: Any, options: Diffusion = DEFAULTS) -> None:
+    def __init__(self, pipeline: Any, options: Diffusion = DEFAULTS, trainable: str | None = None) -> None:
         self.pipeline, self.options = pipeline, options
-        self.encoder = Encoder(pipeline, options.resolution, options.resize)
+        self.encoder = Encoder(pipeline, options.resolution, options.resize, trainable)
         self.architecture = self.encoder.architecture
         self.noising = noising_of(
             pipeline.scheduler, options.min_snr_gamma, options.density or self.architecture.density
         )
+        self.mixed: torch.dtype | None = None
 
     @property
     def denoiser(self) -> nn.Module:
-        """The part of the pipeline that trains."""
         return getattr(self.pipeline, self.architecture.component)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The part of the pipeline that trains."""
+        return getattr(self.pipeline, self.architecture.trained)
 
     def check(self, model: nn.Module) -> None:
         check_precision(model)
@@ -63,18 +73,28 @@ class DiffusionFamily:
                 f"prompt_drop={self.options.prompt_drop} shows images without their prompt, for which this "
                 f"{self.architecture.name} was not made: leave it out."
             )
+        if isinstance(model, PeftModel) and self.architecture.part:
+            raise ValueError(
+                "trainable='text_encoder' trains the whole text encoder, and an adapter is for the denoiser: leave one of the two out."
+            )
         if isinstance(model, PeftModel) and model.peft_config[adapters.trained(model)].modules_to_save:
             raise ValueError(
                 "peft_config.modules_to_save trains whole layers beside the adapter, which the LoRA files of diffusers cannot "
                 "hold: name them in target_modules instead."
             )
 
-    def bind(self, model: nn.Module, checkpointing: bool = False) -> None:
+    def bind(self, model: nn.Module, checkpointing: bool = False, mixed: torch.dtype | None = None) -> None:
         """Trainer and its callbacks know transformers' names: a config that can tell its text, and the method that switches
         checkpointing on. Models of diffusers have neither."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
-        base._internal_dict = Readable(base.config)
         base.main_input_name = "noisy"
+        if self.architecture.part:
+            self.mixed = mixed
+            self.denoiser.requires_grad_(False)
+            if checkpointing:
+                self.denoiser.enable_gradient_checkpointing()
+            return
+        base._internal_dict = Readable(base.config)
         if checkpointing:
             base.activation_checkpointing_enable = lambda **kwargs: base.enable_gradient_checkpointing()
 
@@ -239,7 +259,13 @@ class DiffusionFamily:
         torch.clear_autocast_cache()  # its copies of weights may be older than the weights
         noisy, at = (torch.cat([batch[name] for batch, _ in asked]) for name in ("noisy", "times"))
         conditioning = {name: torch.cat([prompts[name] for _, prompts in asked]) for name in asked[0][1]}
-        return list(self.architecture.call(model, noisy, at, conditioning).float().chunk(len(asked)))
+        if not self.architecture.part:
+            return list(self.architecture.call(model, noisy, at, conditioning).float().chunk(len(asked)))
+        said = {"encoder_hidden_states": model(**conditioning)[0]}
+        denoiser = self.denoiser.to(noisy.device)
+        # Accelerate's mixed precision is of what trains, and ends there.
+        with torch.autocast(noisy.device.type, self.mixed) if self.mixed is not None else nullcontext():
+            return list(self.architecture.call(denoiser, noisy, at, said).float().chunk(len(asked)))
 
     def likelihood(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Minus the denoising loss, of all samples of the batch."""
@@ -252,6 +278,8 @@ class DiffusionFamily:
         return zero(student)
 
     def random_like(self, model: nn.Module, seed: int) -> nn.Module:
+        if self.architecture.part:
+            return random_like(model, seed)
         return random_like(model, seed, lambda base: type(base).from_config(deepcopy(dict(base.config))))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -266,9 +294,15 @@ class DiffusionFamily:
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Of a model with more than 10 GB, diffusers writes several files and an index."""
-        if not any((Path(folder) / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-            raise RunError(f"{folder} holds no {SAFETENSORS_WEIGHTS_NAME}: it is not a checkpoint of this trainer.")
-        saved = type(model).from_pretrained(folder, torch_dtype=model.dtype, low_cpu_mem_usage=False)
+        options = (
+            {"dtype": model.dtype}
+            if self.architecture.part
+            else {"torch_dtype": model.dtype, "low_cpu_mem_usage": False}
+        )
+        names = OF_TRANSFORMERS if self.architecture.part else (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        if not any((Path(folder) / name).is_file() for name in names):
+            raise RunError(f"{folder} holds no {names[0]}: it is not a checkpoint of this trainer.")
+        saved = type(model).from_pretrained(folder, **options)
         model.load_state_dict(saved.state_dict())
 
     def label(self, card: Path) -> None:

@@ -28,7 +28,13 @@ def _pipeline(recipe: "Recipe", texts: Iterable[str]) -> "LoadedPipeline":
 
     model = recipe.model
     return load(
-        model.path, model.dtype, model.revision, model.trust_remote_code, recipe.diffusion, recipe.evaluation.images
+        model.path,
+        model.dtype,
+        model.revision,
+        model.trust_remote_code,
+        recipe.diffusion,
+        recipe.evaluation.images,
+        recipe.trained_part,
     )
 
 

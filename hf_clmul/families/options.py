@@ -6,6 +6,8 @@ from pydantic import Field
 
 from hf_clmul.gradients.options import Section
 
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
 
 class Diffusion(Section):
     """How images become training samples of a diffusion model."""
@@ -22,4 +24,8 @@ class Diffusion(Section):
     )
     prompt_drop: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the samples to learn or keep that are shown without their prompt"
+    )
+    ema: Decay | None = Field(
+        None,
+        description="decay of the moving average of what trains, which a request leaves behind (0.9999); none, if left out",
     )

@@ -36,17 +36,18 @@ class LoadedPipeline:
     settings: "Diffusion"
     images: "Images"
     options: dict[str, Any] = field(default_factory=dict)
+    trainable: str | None = None
     tokenizer = None
     adapter_files = (FILE,)
 
     def __post_init__(self) -> None:
-        self._family = DiffusionFamily(self.pipeline, self.settings)
+        self._family = DiffusionFamily(self.pipeline, self.settings, self.trainable)
         self._judges: dict[tuple[str | None, str | None], Classifier | None] = {}
 
     @property
     def model(self) -> torch.nn.Module:
-        """The denoiser."""
-        return self._family.denoiser
+        """What trains: the denoiser or the text encoder."""
+        return self._family.trained
 
     @property
     def revision(self) -> str | None:
@@ -54,7 +55,7 @@ class LoadedPipeline:
         return self.options.get("revision")
 
     def to(self, device: torch.device) -> torch.nn.Module:
-        """Takes the whole pipeline there; returns the denoiser."""
+        """Takes the whole pipeline there; returns what trains."""
         self.pipeline.to(device)
         return self.model
 
@@ -72,12 +73,12 @@ class LoadedPipeline:
         it does. One that takes class labels has none of its own there."""
         architecture = self._family.architecture
         task = "text-to-image" if "tokenizer" in architecture.needs else "unconditional-image-generation"
-        return {"pipeline": architecture.name, "component": architecture.component, "task": task}
+        return {"pipeline": architecture.name, "component": architecture.trained, "task": task}
 
     def hashes(self, model: Any) -> dict[str, str]:
-        """Of the weights of the bare denoiser, and of what encodes its data: all other components."""
+        """Of the weights of what trains, bare, and of what encodes its data: all other components."""
         others = {name: part for name, part in self.pipeline.components.items() if part is not None}
-        del others[self._family.architecture.component]
+        del others[self._family.architecture.trained]
         weights = {
             f"{name}.{key}": value
             for name, part in others.items()
@@ -93,6 +94,8 @@ class LoadedPipeline:
     def blank(self, model: Any) -> Any:
         """Its like without weights."""
         with torch.device("meta"):
+            if self._family.architecture.part:
+                return type(model)(deepcopy(model.config))
             return type(model).from_config(deepcopy(dict(model.config)))
 
     def arguments(self, model: Any) -> dict[str, Any]:
@@ -158,10 +161,10 @@ class LoadedPipeline:
 
     def _shape(self) -> tuple[int, ...]:
         if self._family.architecture.name == "FluxPipeline":
-            return (self.model.config.in_channels // 4, 8, 8)
-        size = self.model.config.sample_size
+            return (self._family.denoiser.config.in_channels // 4, 8, 8)
+        size = self._family.denoiser.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        return (self.model.config.in_channels, height, width)
+        return (self._family.denoiser.config.in_channels, height, width)
 
     @torch.no_grad()
     def outputs(self, model: Any, probe: Mapping[str, Any]) -> torch.Tensor:
@@ -179,28 +182,34 @@ class LoadedPipeline:
         self.write_whole(deepcopy(model).merge_and_unload(adapter_names=[name]), folder)
 
     def write_whole(self, model: Any, folder: Path) -> None:
-        with exchanged(self.pipeline, **{self._family.architecture.component: model}):
+        with exchanged(self.pipeline, **{self._family.architecture.trained: model}):
             save_pipeline(self.pipeline, folder)
 
     def write_rest(self, folder: Path) -> None:
         """A pipeline is written whole, and a LoRA file needs nothing."""
 
     def load_back(self, folder: Path, like: Any, whole: bool) -> Any:
-        """The denoiser of what a user would load, where `like` is and in its precision."""
+        """What trains, of what a user would load, where `like` is and in its precision."""
         first = next(like.parameters())
         if whole:
             pipeline = load_pipeline(str(folder), first.dtype)
         else:
             pipeline = load_pipeline(self.base, first.dtype, **self.options)
             pipeline.load_lora_weights(folder)
-        return getattr(pipeline.to(first.device), self._family.architecture.component).eval()
+        return getattr(pipeline.to(first.device), self._family.architecture.trained).eval()
 
 
 def load(
-    path: str, dtype: str, revision: str | None, trust_remote_code: bool, settings: "Diffusion", images: "Images"
+    path: str,
+    dtype: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    settings: "Diffusion",
+    images: "Images",
+    trainable: str | None = None,
 ) -> LoadedPipeline:
     """Loads, or makes, the pipeline. Raises RecipeError as `load_pipeline`."""
     from hf_clmul.models.diffusion.sources import base_folder
 
     base, options = base_folder(path), {"revision": revision, "trust_remote_code": trust_remote_code}
-    return LoadedPipeline(load_pipeline(base, dtype, **options), base, settings, images, options)
+    return LoadedPipeline(load_pipeline(base, dtype, **options), base, settings, images, options, trainable)

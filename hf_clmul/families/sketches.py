@@ -49,12 +49,13 @@ def _text(recipe: "Recipe", texts: Sequence[str]) -> Sketch:
 
 
 def _pipeline(recipe: "Recipe", texts: Sequence[str]) -> Sketch:
-    from hf_clmul.models.diffusion.architectures import trained_pattern
+    from hf_clmul.models.diffusion.architectures import part_of, trained_pattern
     from hf_clmul.models.diffusion.blank import blank_parts
 
     wanted = recipe.model
     architecture, parts = blank_parts(wanted.path, wanted.dtype, wanted.revision)
-    model = parts.pop(architecture.component)
+    architecture = part_of(architecture, recipe.trained_part)
+    model = parts.pop(architecture.trained)
     beside = sum(p.numel() * p.element_size() for part in parts.values() for p in part.parameters())
     return Sketch(
         model, "samples", lambda rows, most, what: [1] * len(rows), architecture.adapter,

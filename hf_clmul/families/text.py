@@ -34,7 +34,7 @@ class TextFamily:
     def check(self, model: nn.Module) -> None:
         pad_token_id(self.processor)
 
-    def bind(self, model: nn.Module, checkpointing: bool = False) -> None:
+    def bind(self, model: nn.Module, checkpointing: bool = False, mixed: Any = None) -> None:
         self.accepted = causal_lm.accepted_inputs(model)
         if checkpointing and isinstance(model, PeftModel):
             model.enable_input_require_grads()  # else the checkpointed blocks see no input that needs a gradient

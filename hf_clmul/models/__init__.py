@@ -9,3 +9,6 @@ TEACHERS = {
     "before_request": "the model as it was when the request began",
     "ema": "a moving average of the student over all requests (UniCLUN's continual teacher)",
 }
+
+TEXT_ENCODER = "text_encoder"
+"""As `trainable`: that part of a diffusion pipeline trains in the denoiser's place."""

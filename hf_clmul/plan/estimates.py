@@ -107,6 +107,7 @@ def _size(recipe: Recipe, step: Step, job: Job, model: Any, sketch: Sketch) -> d
     choosing, salient = _of_saliency(recipe, job, count, once)
     importance = _of_importance(recipe, job, model)
     unlearned = active_terms("forget", recipe.unlearning.forget, recipe.family) if "forget" in job.roles else []
+    averages = recipe.diffusion.ema is not None and not any(active.term.edit for active in unlearned)
     models = 1 + any(is_random(active) for active in unlearned)
     return {
         "trainable_parameters": count,
@@ -114,6 +115,7 @@ def _size(recipe: Recipe, step: Step, job: Job, model: Any, sketch: Sketch) -> d
         + models * weights
         + kept * once
         + importance
+        + averages * 4 * count  # in float32
         + max(choosing, _copies(recipe, job) * once + salient),
     }
 

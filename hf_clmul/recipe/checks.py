@@ -76,6 +76,9 @@ def _check_edit(tree: Tree, problems: Problems) -> None:
             if tree.get("unlearning", option, default=none) != none:
                 what = f"{name} is an edit, which takes no step, so that {option} cannot act"
                 problems.at(tree, ("unlearning", option), what, hint="remove it, or take another forget term")
+        if tree.get("diffusion", "ema") is not None and all(kind == "unlearn" for _, kind in requests(tree)):
+            what = f"{name} is an edit, which takes no step, so that there is nothing to average"
+            problems.at(tree, ("diffusion", "ema"), what, hint="remove it, or take another forget term")
         if tree.get("unlearning", "retain") != {}:
             what = "is an edit, which takes no step, so that no retain term can act"
             problems.at(tree, ("unlearning", "forget", name), what, hint="add `retain: {}` to `unlearning`")

@@ -4,8 +4,10 @@ tree. What stands at its default says nothing, since a recipe that was written o
 from typing import Any
 
 from hf_clmul.families.options import Diffusion
+from hf_clmul.models import TEXT_ENCODER
 from hf_clmul.recipe.problems import Key, Problems, one_of, shown
 from hf_clmul.recipe.schema import Images
+from hf_clmul.recipe.training import requests
 from hf_clmul.recipe.tree import Tree
 
 SUITES_OF = {"causal_lm": ("basic",), "diffusion": ("concepts",)}
@@ -45,6 +47,7 @@ def check_family(tree: Tree, family: Any, problems: Problems) -> None:
         if tree.get("adapter", "strategy") == "slao":
             what = "was never tried on diffusion models"
             problems.at(tree, ("adapter", "strategy"), what, "stacked or single", "'slao'")
+        _check_text_encoder(tree, problems)
         return
     for section, known in ((("diffusion",), Diffusion), (("evaluation", "images"), Images)):
         defaults = known().model_dump()
@@ -52,6 +55,23 @@ def check_family(tree: Tree, family: Any, problems: Problems) -> None:
             if name in defaults and value != defaults[name]:  # the schema knows the others
                 hint = "remove it, or set `family: diffusion`"
                 problems.at(tree, (*section, name), "is for diffusion models", hint=hint)
+
+
+def _check_text_encoder(tree: Tree, problems: Problems) -> None:
+    """One part of a pipeline trains in all requests of a run, and no adapter is for that one."""
+    used = dict.fromkeys({"learn": "learning", "unlearn": "unlearning"}[kind] for _, kind in requests(tree))
+    chosen = {section: tree.get(section, "trainable") == TEXT_ENCODER for section in used}
+    for section in (section for section, wanted in chosen.items() if wanted):
+        key = (section, "trainable")
+        if not all(chosen.values()):
+            other = next(name for name, wanted in chosen.items() if not wanted)
+            what = f"'{TEXT_ENCODER}' trains that part of the pipeline, and the `{other}` requests the denoiser"
+            problems.at(
+                tree, key, what, hint=f"add `trainable: {TEXT_ENCODER}` to `{other}` as well, or remove it here"
+            )
+        if tree.get("adapter") is not None:
+            what = f"'{TEXT_ENCODER}' trains the whole of it, and an adapter is for the denoiser"
+            problems.at(tree, key, what, hint="remove `adapter`, or remove it here")
 
 
 def _refuse(tree: Tree, key: Key, what: str, valid: tuple[str, ...], problems: Problems) -> None:

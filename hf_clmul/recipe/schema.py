@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from hf_clmul.families.options import Diffusion
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Section
+from hf_clmul.models import TEXT_ENCODER
 from hf_clmul.objectives.active import DEFAULT_TERMS
 from hf_clmul.recipe.problems import Key, Problems, explained, nearest, one_of, suggestion
 from hf_clmul.recipe.training_fields import ADDED, FIELDS
@@ -362,6 +363,13 @@ class Recipe(Section):
         request = self.requests[i]
         kind = self.learning if isinstance(request, Learn) else self.unlearning
         return {**self.training, **kind.training, **request.training}
+
+    @property
+    def trained_part(self) -> str | None:
+        """What trains in the place of a diffusion model's denoiser, where requests ask for that."""
+        kinds = {type(request) for request in self.requests}
+        sections = [section for kind, section in ((Learn, self.learning), (Unlearn, self.unlearning)) if kind in kinds]
+        return TEXT_ENCODER if any(section.trainable == TEXT_ENCODER for section in sections) else None
 
 
 def validated(tree: Tree, problems: Problems) -> Recipe | None:

@@ -21,6 +21,7 @@ from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.families import Family
 from hf_clmul.families.loaded import Loaded, weights_sha256
 from hf_clmul.models import adapters, stored
+from hf_clmul.objectives import TERMS
 from hf_clmul.paths import explained_writes
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.plan.exactness import why
@@ -33,6 +34,7 @@ from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.ledger import RunLedger
 from hf_clmul.run.log import RunLog
 from hf_clmul.trainer import ClmulTrainer
+from hf_clmul.training.averaged import put_saved
 from hf_clmul.training.request_checks import understood
 from hf_clmul.training_args import ClmulConfig
 
@@ -259,6 +261,7 @@ def _train(run: Run, step: Step, job: Job) -> dict[str, Any]:
     done = TrainerState() if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     if checkpoint is not None and done.global_step >= done.max_steps:  # Trainer would take one step more
         load_state(run.model, checkpoint)
+        put_saved(run.model, checkpoint)
         if run.main:
             shown.read(done.global_step)
     else:
@@ -317,6 +320,7 @@ def _arguments(run: Run, step: Step, job: Job) -> ClmulConfig:
             conflict=recipe.learning.conflict if learns else unlearning.conflict,
             **_parts(recipe, learns),
             teacher=recipe.teacher,
+            ema=None if not learns and any(TERMS[name].edit for name in unlearning.forget) else recipe.diffusion.ema,
             gamma=None if learns else unlearning.gamma,
             penalties=recipe.learning.penalties if learns else unlearning.penalties,
         )

@@ -13,6 +13,7 @@ from hf_clmul.gradients.options import Lookahead, options
 from hf_clmul.models import adapters
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.penalties import active_penalties
+from hf_clmul.training.averaged import check_average
 from hf_clmul.training.penalised import check_penalties
 from hf_clmul.training.preparation import check_preparations
 from hf_clmul.training.protected import check_protected
@@ -54,6 +55,7 @@ def understood(
         model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
     check_layers(model, terms, family.pattern(args.trainable))
     check_preparations(args, model, terms)
+    check_average(args, model, family.name, terms)
     check_protected(args, model, family, FORGET in terms)
     check_penalties(model, active_penalties(args.penalties))
     if not several and args.retain == {}:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from hf_clmul.errors import RecipeError
+from hf_clmul.models import TEXT_ENCODER
 from hf_clmul.models.diffusion import conditioning, networks
 from hf_clmul.models.diffusion.conditioning import Conditioning
 from hf_clmul.recipe.problems import nearest
@@ -54,6 +55,13 @@ class Architecture:
     needs: Mapping[str, tuple[str, ...]]
     """The components, besides denoiser and scheduler, that it cannot do without, and of which classes they may be."""
     density: str = "uniform"
+    part: str = ""
+    """The component that trains in the denoiser's place, see `part_of`."""
+
+    @property
+    def trained(self) -> str:
+        """The component that trains."""
+        return self.part or self.component
 
     @property
     def has_empty_prompt(self) -> bool:
@@ -135,9 +143,26 @@ def architecture_of(pipeline: Any) -> Architecture:
     return found
 
 
+def part_of(architecture: Architecture, trainable: str | None) -> Architecture:
+    """The architecture with what trains in it: with `trainable` "text_encoder" that and not the denoiser, which stays as it is and
+    is given what the text encoder says of token ids. Raises RecipeError where there is not exactly one text encoder."""
+    if trainable != TEXT_ENCODER:
+        return architecture
+    if architecture.name != "StableDiffusionPipeline":
+        count = sum(name.startswith(TEXT_ENCODER) for name in architecture.needs)
+        raise RecipeError(
+            f"trainable: a {architecture.name} has {f'{count} text encoders' if count else 'no text encoder'}, and "
+            f"{TEXT_ENCODER!r} trains the only one of a StableDiffusionPipeline: train layers of the {architecture.component}. "
+            f"Possible are: {', '.join(sorted(architecture.concept_layers))}."
+        )
+    return replace(
+        architecture, part=TEXT_ENCODER, concept_layers={TEXT_ENCODER: ".*"}, encode_prompts=conditioning.token_ids
+    )
+
+
 def trained_pattern(architecture: Architecture, trainable: str | None) -> str | None:
     """The regular expression of what a recipe lets train, which may be the name of concept layers. Raises as `concept_pattern`."""
-    if any(trainable in other.concept_layers for other in ARCHITECTURES.values()):
+    if trainable == TEXT_ENCODER or any(trainable in other.concept_layers for other in ARCHITECTURES.values()):
         return concept_pattern(architecture, trainable)
     return trainable
 
@@ -147,7 +172,11 @@ def concept_pattern(architecture: Architecture, name: str) -> str:
     if name in architecture.concept_layers:
         return architecture.concept_layers[name]
     possible = ", ".join(sorted(architecture.concept_layers))
-    if "cross_attention" in name and "cross_attention" not in architecture.concept_layers:
+    if architecture.part:
+        reason = f"the text encoder of this {architecture.name} trains, and the {architecture.component} stays as it is"
+    elif name == TEXT_ENCODER:
+        reason = "it was not chosen when the family was made: DiffusionFamily(pipeline, trainable='text_encoder')"
+    elif "cross_attention" in name and "cross_attention" not in architecture.concept_layers:
         reason = f"a {architecture.denoiser} has no cross-attention"
     else:
         reason = f"a {architecture.name} has no such layers"

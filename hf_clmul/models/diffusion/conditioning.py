@@ -11,7 +11,7 @@ from hf_clmul.errors import RecipeError
 
 Conditioning = dict[str, Tensor]
 """Each [B, ...]: `encoder_hidden_states` [B, T, D], `pooled_projections`, `text_embeds` [B, P], `time_ids` [B, 6], `guidance`
-[B] or `class_labels` [B], integers."""
+[B] or `class_labels` [B], integers; of a text encoder that trains `input_ids` [B, T]."""
 
 GUIDANCE = 3.5
 """What a guidance-distilled FLUX is told, as by its pipeline; the same with the empty prompt."""
@@ -44,6 +44,17 @@ def stable_diffusion(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
     """The last hidden states of the text encoder, as the pipeline makes them."""
     states, _ = pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)
     return {"encoder_hidden_states": states}
+
+
+def token_ids(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
+    """What the text encoder reads, for one that trains: what it says changes with each step. With a mask where it takes
+    one."""
+    words = pipeline.tokenizer
+    most = words.model_max_length
+    found = words(list(prompts), padding="max_length", max_length=most, truncation=True, return_tensors="pt")
+    if not pipeline.text_encoder.config.to_dict().get("use_attention_mask"):  # as the pipeline asks
+        del found["attention_mask"]
+    return dict(found)
 
 
 @torch.no_grad()

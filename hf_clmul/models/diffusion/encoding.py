@@ -19,7 +19,7 @@ from hf_clmul.data.noisy import NOISE_SEED
 from hf_clmul.data.pictures import GENERATED, Held, held_rows
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RecipeError
-from hf_clmul.models.diffusion.architectures import Architecture, architecture_of
+from hf_clmul.models.diffusion.architectures import Architecture, architecture_of, part_of
 from hf_clmul.models.diffusion.prompts import check_lengths, readings
 
 Encoded = dict[str, Any]
@@ -30,11 +30,13 @@ BATCH = 16
 class Encoder:
     """Encodes with a pipeline's VAE and text encoders. Prompts are kept by their text, latents by what the image is known by;
     both on the CPU. Images are of `resolution` pixels each way, or else of the size that the model was made for; with `resize`
-    those of another size are scaled and cut."""
+    those of another size are scaled and cut. `trainable` says whether a text encoder trains."""
 
-    def __init__(self, pipeline: Any, resolution: int | None = None, resize: bool = False) -> None:
+    def __init__(
+        self, pipeline: Any, resolution: int | None = None, resize: bool = False, trainable: str | None = None
+    ) -> None:
         self.pipeline, self.resize = pipeline, resize
-        self.architecture: Architecture = architecture_of(pipeline)
+        self.architecture: Architecture = part_of(architecture_of(pipeline), trainable)
         self.size = image_size(pipeline, self.architecture) if resolution is None else (resolution, resolution)
         self.drawn: Path | None = None
         """The folder of the pictures that the pipeline drew itself."""
