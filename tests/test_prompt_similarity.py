@@ -4,12 +4,14 @@ it."""
 import pytest
 import tiny_pipelines
 import torch
+from peft import LoraConfig
 from pipeline_bed import both, make, rows
 
 from hf_clmul.errors import RecipeError
 from hf_clmul.models.diffusion.encoding import Encoder
 from hf_clmul.models.diffusion.similarity import apartness, gate, similarity
 
+SPM_TRAINS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 ANCHORED = {"forget": {"esd": {}}, "retain": {"latent_anchoring": {}}}
 
 
@@ -67,6 +69,28 @@ def test_what_has_no_anchors_is_refused(tmp_path):
     classes = {"forget": rows(("1",), 2, 1), "retain": rows(("2",), 2, 2)}
     with pytest.raises(RecipeError, match="weighs prompts by their embeddings, and this network reads none"):
         make(tmp_path, classes, pipeline=tiny_pipelines.dit(), **ANCHORED)
+
+
+def test_the_adapter_that_spm_trains_loads_at_any_strength(tmp_path):
+    """Rank 1 on linear and convolutional layers."""
+    config = LoraConfig(r=1, lora_alpha=1, target_modules=SPM_TRAINS)
+    trainer = make(tmp_path, both(), **ANCHORED, peft_config=config, max_steps=2, learning_rate=0.05)
+    trainer.train()
+    trainer.save_model()
+    fresh = tiny_pipelines.stable_diffusion()
+    noisy, times = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    states = Encoder(fresh).prompt("a red seven")["encoder_hidden_states"][None]
+
+    def output(unet):
+        with torch.no_grad():
+            return unet(noisy, times, states).sample
+
+    base, tuned = output(fresh.unet), output(trainer.model)
+    fresh.load_lora_weights(tmp_path, adapter_name="seven")
+    torch.testing.assert_close(output(fresh.unet), tuned, rtol=1e-5, atol=1e-6)
+    fresh.set_adapters(["seven"], [0.0])
+    torch.testing.assert_close(output(fresh.unet), base, rtol=1e-5, atol=1e-6)
+    assert (base - tuned).abs().max() > 1e-3
 
 
 def test_gate_of_a_prompt():

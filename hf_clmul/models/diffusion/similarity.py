@@ -16,11 +16,11 @@ STATES = "encoder_hidden_states"
 
 
 def similarity(prompts: Tensor, concepts: Tensor) -> Tensor:
-    """Cosine [N] in [-1, 1] of each prompt's states [N, T, D] with those of the concept nearest to it, of [E, T, D]; over
+    """Cosine [N], to rounding, of each prompt's states [N, T, D] with those of the concept nearest to it, of [E, T, D]; over
     all tokens and channels together, padding too, as in the code of SPM (arXiv 2312.16145)."""
     one, other = (states.flatten(1).double() for states in (prompts, concepts))
     norms = one.norm(dim=1)[:, None] * other.norm(dim=1)
-    return (one @ other.T / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(-1, 1).amax(1)
+    return (one @ other.T / norms.clamp_min(torch.finfo(norms.dtype).tiny)).amax(1)
 
 
 def apartness(similarities: Tensor, alpha: float = 1.0) -> Tensor:
