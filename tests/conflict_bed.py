@@ -9,7 +9,8 @@ from hf_clmul.gradients.conflict import CONFLICT_RULES
 
 RULES = {name: rule.function for name, rule in CONFLICT_RULES.items() if rule.needs == {"gram"}}
 LENGTHS = {f"bisector {length}": partial(RULES["bisector"], length=length) for length in ("imtl", "nash", "unit")}
-VARIANTS = {name: rule for name, rule in RULES.items() if name != "bisector"} | LENGTHS
+AGREEMENTS = {f"bome {how}": partial(RULES["bome"], agreement=how) for how in ("projection", "cosine")}
+VARIANTS = {name: rule for name, rule in RULES.items() if name not in ("bisector", "bome")} | LENGTHS | AGREEMENTS
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 

@@ -14,7 +14,7 @@ from conflict_bed import RULES, VARIANTS, gram_of, independent_gradients, random
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.gradients.projection import pcgrad, pcgrad_retain_first
 
-bisector, agem, blur, cagrad = (RULES[name] for name in ("bisector", "agem", "blur", "cagrad"))
+bisector, agem, blur, bome, cagrad = (RULES[name] for name in ("bisector", "agem", "blur", "bome", "cagrad"))
 
 # ---- what the papers promise: assertions for the rules of today and of tomorrow ----------------------------
 
@@ -50,6 +50,20 @@ def forgets_whatever_is_kept(rule):
         for gradients in random_gradients(m):
             update, rounding = update_of(rule, gradients)
             assert abs(gradients[0] @ update - gradients[0] @ gradients[0]) <= rounding[0]
+
+
+def forgets_at_least(eta):
+    """The forget loss falls at least eta times as fast as under its own gradient; faster only where f is left out."""
+
+    def assertion(rule):
+        for m in (2, 3, 4):
+            for gradients in random_gradients(m):
+                update, rounding = update_of(rule, gradients)
+                gained = gradients[0] @ update - eta * gradients[0] @ gradients[0]
+                assert gained >= -rounding[0]
+                assert gained <= rounding[0] or rule(gram_of(gradients))[0] == 0
+
+    return assertion
 
 
 def stays_nearest(rule):
@@ -92,6 +106,13 @@ def blur_on_vectors(gradients):
     """Equation of arXiv 2506.08164: the retain gradient's part at right angles to f, and f."""
     f, kept = gradients[0], gradients[1:].sum(0)
     return kept - (kept @ f) / (f @ f) * f + f
+
+
+def erasediff_on_vectors(gradients):
+    """The weight of the forget loss in EraseDiff's code, on the gradients."""
+    f, kept = gradients[0], gradients[1:].sum(0)
+    cosine = (f @ kept) / (np.linalg.norm(f) * np.linalg.norm(kept))
+    return kept + max(0.0, 0.5 - cosine) * f
 
 
 def scales_by(degree):
@@ -212,6 +233,8 @@ THEORY = {
         forgets_whatever_is_kept, treats_alike(1), scales_by(1),
         equals_the_algorithm_on_vectors(blur_on_vectors),
     ),
+    "bome projection": (forgets_at_least(0.5), treats_alike(1), scales_by(1)),
+    "bome cosine": (equals_the_algorithm_on_vectors(erasediff_on_vectors), treats_alike(1), scales_by(1)),
     "mgda": (
         raises_no_loss(), is_the_shortest_in_the_hull, vanishes_at_pareto_stationary_points,
         treats_alike(0), scales_by(1),
@@ -271,6 +294,11 @@ def test_gamma_of_blur_is_the_speed_of_forgetting(gamma):
         assert abs(gradients[0] @ update - gamma * gradients[0] @ gradients[0]) <= rounding[0]
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.1, 2.0])
+def test_eta_of_bome_is_the_least_speed_of_forgetting(eta):
+    forgets_at_least(eta)(partial(bome, eta=eta))
+
+
 @pytest.mark.parametrize("c", [0.1, 0.9, 0.99])
 def test_c_of_cagrad(c):
     is_best_for_the_worst_role(partial(cagrad, c=c), c)
@@ -294,6 +322,9 @@ BY_HAND = {
     ("agem", (("margin", 0.5),)): (1, 1.5),  # (1 / 2, 3 / 2), and <g, r> = 1 = <r, r> / 2
     ("blur", ()): (1.5, 1),  # 1 + 2/4: 1.5 f + r = (2, 1), and <g, f> = 4 = <f, f>
     ("blur", (("gamma", 0.25),)): (0.75, 1),
+    ("bome", ()): (1, 1),  # 0.5 + 2/4: f + r = (1, 1), and <g, f> = 2 = 0.5 <f, f>
+    ("bome", (("eta", 0.1),)): (0.6, 1),
+    ("bome", (("agreement", "cosine"),)): (0.5 + 1 / S2, 1),  # -2 / (2 sqrt 2) = -1 / sqrt 2
     ("upgrad", ()): (0.75, 1),  # half of pcgrad
     ("mgda", ()): (0.4, 0.6),  # (2 + 2) / (4 + 2 + 4): (0.2, 0.6), <g, f> = <g, r> = 0.4 = |g|^2
     ("bisector", (("length", "imtl"),)): (S2 / (2 + S2), 2 / (2 + S2)),  # |f| = 2, |r| = sqrt 2
@@ -332,3 +363,17 @@ def test_three_roles_by_hand():
     assert RULES["mgda"](gram) == pytest.approx([0.5, 0.25, 0.25])
     # <f, r> = <f, m> = -1
     assert blur(gram) == pytest.approx([3.0, 1.0, 1.0])
+    # r + m = (-2, 0): twice f's length, opposed
+    assert bome(gram) == pytest.approx([2.5, 1.0, 1.0])
+    assert bome(gram, agreement="cosine") == pytest.approx([1.5, 1.0, 1.0])
+
+
+def test_bome_leaves_forgetting_to_the_kept_roles_where_they_do_enough():
+    gram = gram_of(np.array([[1.0, 0.0], [1.0, 1.0]]))  # <f, r> / <f, f> = 1, cosine 1 / sqrt 2: both above 0.5
+    assert bome(gram) == bome(gram, agreement="cosine") == [0.0, 1.0]
+    assert bome(gram, eta=1.5) == pytest.approx([0.5, 1.0])
+
+
+def test_kept_gradients_that_cancel_out_have_no_cosine():
+    gram = gram_of(np.array([[1.0, 1.0], [2.0, 1.0], [-2.0, -1.0]]))
+    assert bome(gram, agreement="cosine") == [0.5, 1.0, 1.0]

@@ -32,6 +32,7 @@ def test_without_conflict_upgrad_is_the_mean_and_agem_the_forget_gradient():
 PARALLEL = {  # f = 2 r
     "pcgrad": (1, 1), "pcgrad_retain_first": (1, 1), "agem": (1, 0), "upgrad": (0.5, 0.5),
     "blur": (0.5, 1),  # 1 - 2/4: what r has of f is taken out
+    "bome projection": (0, 1), "bome cosine": (0, 1),  # 0.5 - 2/4, and 0.5 - 1 is below zero
     "mgda": (0, 1),  # the shorter one
     "cagrad": (0.5, 1.25),  # g_0 = 1.5 r; worst for r, + 0.5 * 1.5 r
     "aligned_mtl": (0.6, 0.3),  # (4 + 2, 2 + 1) / (2 * 5)
@@ -42,6 +43,7 @@ OPPOSED = {  # f = -2 r
     "pcgrad_retain_first": (1, 3),  # f + 3 r = r
     "agem": (1, 2),  # 0
     "blur": (1.5, 1),  # 1.5 f + r = f
+    "bome projection": (1, 1), "bome cosine": (1.5, 1),  # 0.5 + 2/4, 0.5 + 1
     "mgda": (1 / 3, 2 / 3),  # 0
     "cagrad": (0.5, 0.75),  # g_0 = -r / 2, + 0.5 * r / 2
     "aligned_mtl": (0.2, -0.1),  # (4 - 2, -2 + 1) / (2 * 5): half the sum, -r / 2
@@ -63,6 +65,7 @@ def test_opposed_gradients(name):
 # Weights where r is zero, and where f is: what stands for the other one is the update.
 ZERO = {
     "pcgrad": (1, 1), "pcgrad_retain_first": (1, 1), "agem": (1, None), "blur": (1, 1), "upgrad": (0.5, 0.5),
+    "bome projection": (0.5, 1), "bome cosine": (0.5, 1),
     "mgda": (0, 0), "bisector imtl": (0, 0),  # a role that has nothing to gain stops them
     "cagrad": (0.75, 0.75), "aligned_mtl": (0.5, 0.5), "bisector nash": (0.5, 0.5), "bisector unit": (0.5, 0.5),
 }  # fmt: skip
@@ -85,7 +88,7 @@ def test_a_zero_gradient_among_three_leaves_the_others_as_they_are(name, zero):
     weights = np.array(VARIANTS[name](gram_of(gradients)))[rest]
     if name in ("mgda", "bisector imtl"):
         assert (weights == 0).all()
-    elif name in ("agem", "blur", "pcgrad_retain_first") and zero == 0:
+    elif name in ("agem", "blur", "bome projection", "bome cosine", "pcgrad_retain_first") and zero == 0:
         assert (weights == (0 if name == "agem" else 1)).all()
     elif name == "cagrad":
         assert (weights >= 1 / 3).all()  # the mean is one of three, and shorter: so is the ball around it

@@ -30,6 +30,17 @@ def test_agem_is_a_least_squares_problem(roles):
         assert np.linalg.norm(update - expected) <= 1e-7 * np.linalg.norm(gradients[0])
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("roles", [2, 3, 4])
+def test_bome_is_a_least_squares_problem(roles, eta):
+    """The nearest x to the kept sum with <x, f> >= eta <f, f>; x - eta f is without conflict."""
+    for gradients in random_gradients(roles, count=60):
+        f, kept = gradients[0], gradients[1:].sum(0)
+        update = np.array(RULES["bome"](gram_of(gradients), eta=eta)) @ gradients
+        expected = eta * f + nearest_without_conflict(kept - eta * f, gradients[:1])
+        assert np.linalg.norm(update - expected) <= 1e-7 * (np.linalg.norm(kept) + eta * np.linalg.norm(f))
+
+
 @pytest.mark.parametrize("roles", [2, 3, 4])
 def test_upgrad_is_one_least_squares_problem_for_each_role(roles):
     for gradients in random_gradients(roles, count=60):

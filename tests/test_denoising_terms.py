@@ -38,6 +38,7 @@ STUDENT = Denoised(
     {"anchor": images([1, 2, 0, 4], [0, 0, 0, 0])},
     vector(1 / 2, 1 / 5),
     PARTNER,
+    vector(3 / 2, 1 / 2),
 )
 TEACHER = replace(
     STUDENT,
@@ -50,6 +51,8 @@ HAND = {
     "ascent": [({}, -6.5)],
     # (0 + 1 + 4 + 9) / 4 and (0 + 4 + 0 + 16) / 4
     "distill": [({}, 8.5)],
+    # The same, 3.5 and 5, three times and once
+    "latent_anchoring": [({}, 3.5 * 1.5 + 5 * 0.5)],
     # The same, by the teacher's own errors 3/2 and 1
     "confident_distill": [
         ({}, 3.5 * exp(-1.5) + 5 * exp(-1)),
@@ -77,7 +80,15 @@ HAND = {
 TRAINS = {name: {"output"} for name in DENOISERS} | {
     "surrogate": {"partner.output"}, "duo": {"output", "partner.output"}, "attention_suppression": {"attention"},
 }  # fmt: skip
-DATA_FREE = ("distill", "esd", "concept_ablation", "relabel", "incompetent", "attention_suppression")
+DATA_FREE = (
+    "distill",
+    "latent_anchoring",
+    "esd",
+    "concept_ablation",
+    "relabel",
+    "incompetent",
+    "attention_suppression",
+)
 
 
 def value(name, student=STUDENT, teacher=TEACHER, **parameters):
@@ -93,6 +104,7 @@ def rows(one, chosen):
         {name: output[chosen] for name, output in (one.variants or {}).items()},
         None if one.attention is None else one.attention[chosen],
         None if one.partner is None else rows(one.partner, chosen),
+        None if one.apartness is None else one.apartness[chosen],
     )  # fmt: skip
 
 
@@ -105,7 +117,7 @@ def drawn(seed, batch=3, shape=(2, 4, 4), partner=True):
     other = drawn(seed + 100, batch, shape, partner=False) if partner else None
     variants = {name: draw(batch, *shape) for name in ("empty", "anchor")}
     weights = torch.rand(batch, generator=generator, dtype=torch.float64)
-    return Denoised(draw(batch, *shape), draw(batch, *shape), weights, variants, draw(batch), other)
+    return Denoised(draw(batch, *shape), draw(batch, *shape), weights, variants, draw(batch), other, weights + 1)
 
 
 def leaves(one, prefix=""):
@@ -222,7 +234,8 @@ def test_what_a_term_does_not_ask_for_may_be_anything(name):
         partner = one.partner if "partner" in needs else replace(one.partner, output=one.partner.output * torch.nan)
         free = name in DATA_FREE
         target, weights = (x * torch.nan if free else x for x in (one.target, one.weights))
-        return Denoised(one.output, target, weights, spoiled, attention, partner)
+        apartness = one.apartness if "apartness" in needs and not of_teacher else one.apartness * torch.nan
+        return Denoised(one.output, target, weights, spoiled, attention, partner, apartness)
 
     teacher = poisoned(TEACHER, True) if asked_of_teacher else None
     assert value(name, poisoned(STUDENT, False), teacher).item() == value(name).item()

@@ -34,7 +34,7 @@ class NoisyCollator:
     of other prompts under `contexts` ("empty", and "anchor" where the examples have one), and `lengths`, 1 for each
     sample. Of roles that are not to be forgotten, a share `prompt_drop` of the samples is shown without its prompt.
     Where examples have a `partner`, the batch has the same four of these under that name, with noise of their own at
-    the same times; where they have `concept_tokens`, these [B, T].
+    the same times; where they have `concept_tokens`, these [B, T], and `apartness` [B].
     """
 
     noising: Noising
@@ -65,6 +65,8 @@ class NoisyCollator:
             batch["partner"] = self._noised([_draw(e["partner"]) for e in examples], noised["times"])
         if "concept_tokens" in examples[0]:
             batch["concept_tokens"] = torch.stack([e["concept_tokens"] for e in examples])
+        if "apartness" in examples[0]:
+            batch["apartness"] = torch.stack([e["apartness"] for e in examples])
         return batch
 
     def _given(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

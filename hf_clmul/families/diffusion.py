@@ -22,7 +22,7 @@ from hf_clmul.errors import RunError
 from hf_clmul.families.options import Diffusion
 from hf_clmul.gradients.options import Protect
 from hf_clmul.models import adapters
-from hf_clmul.models.diffusion import attention, key_values
+from hf_clmul.models.diffusion import attention, key_values, similarity
 from hf_clmul.models.diffusion.architectures import concept_pattern, trained_pattern
 from hf_clmul.models.diffusion.encoding import BATCH, Encoded, Encoder, anchored, check_images, latent_shape
 from hf_clmul.models.diffusion.lora_files import check_precision, save_lora
@@ -122,6 +122,11 @@ class DiffusionFamily:
                 rows = self._attended(rows, next(t for t in active if "attention" in t.term.needs), role)
             found[role] = rows
         asked = frozenset().union(*(active.term.needs for of_role in terms.values() for active in of_role))
+        if "apartness" in asked:
+            how = next(t for t in terms[RETAIN] if "apartness" in t.term.needs)
+            found[RETAIN] = similarity.of_examples(
+                found[RETAIN], found[FORGET], how.preparation.alpha, f"{RETAIN}/{how.name}"
+            )
         wanted = [role for role in (RETAIN, MEMORY) if role in data and role not in found]
         beside = {role: self.encoded(data[role], role) for role in wanted}
         if "keys_values" in asked:
@@ -251,6 +256,7 @@ class DiffusionFamily:
             variants=dict(zip(wanted, rest[len(own) - 1 :], strict=True)) or None,
             attention=torch.stack(found).mean(0) if found else None,
             partner=Denoised(rest[0], *(batch["partner"][name] for name in ("target", "weights"))) if own[1:] else None,
+            apartness=batch.get("apartness"),
         )  # fmt: skip
 
     def _call(self, model: nn.Module, asked: Sequence[Asked]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_clmul.gradients.balance import aligned_mtl, bisector, cagrad, mgda
 from hf_clmul.gradients.elementwise import gru, pcgrad_per_layer, sago
-from hf_clmul.gradients.projection import agem, blur, pcgrad, pcgrad_retain_first, upgrad
+from hf_clmul.gradients.projection import agem, blur, bome, pcgrad, pcgrad_retain_first, upgrad
 from hf_clmul.gradients.schedule import alternate, pdu
 
 DEFAULT_RULE = "pcgrad_retain_first"
@@ -54,6 +54,8 @@ CONFLICT_RULES: dict[str, ConflictRule] = {
     "sago": _rule(
         sago, "gradients", "arXiv 2604.14808", "the retain gradient wherever the signs are opposed"),
     "blur": _rule(blur, "gram", "arXiv 2506.08164", "retaining moves only at right angles to forgetting"),
+    "bome": _rule(
+        bome, "gram", "arXiv 2209.08709", "retains, and adds just enough forgetting (EraseDiff's bilevel weight)"),
     "upgrad": _rule(
         upgrad, "gram", "arXiv 2406.16232", "pcgrad that conflicts with no role, however many there are"),
     "mgda": _rule(

@@ -5,12 +5,16 @@ Row and column 0 belong to the role that the request is about (`learn` or `forge
 kept. Below: f is gradient 0, r the kept one, and for two roles a = <f, f>, b = <f, r>, c = <r, r>.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt
 
 from hf_clmul.gradients.active_sets import NOISE, Gram, lengths_and_cosines, multipliers
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def _project(gram: Gram, start: int, others: Sequence[int]) -> list[float]:
@@ -101,3 +105,40 @@ def blur(gram: Gram, *, gamma: Annotated[float, Gt(0)] = 1.0) -> list[float]:
     lengths, cosines = lengths_and_cosines(gram)
     shared = cosines[0, 1:] @ lengths[1:] / lengths[0] if lengths[0] > 0 else 0.0
     return [float(gamma - shared), *[1.0] * (len(gram) - 1)]
+
+
+def bome(
+    gram: Gram,
+    *,
+    eta: Annotated[float, Ge(0)] = 0.5,
+    agreement: Literal["projection", "cosine"] = "projection",
+) -> list[float]:
+    """lambda f, plus the kept gradients: w = (lambda, 1, ..., 1) with lambda = max(0, eta - agreement of the two).
+
+    `projection`: with r the sum of the kept gradients lambda = max(0, eta - <f, r> / <f, f>), so that g is the vector
+    nearest to r with <g, f> >= eta <f, f>: forgetting is the lower level of two, and a share of its own descent is
+    promised to it. BOME (arXiv 2209.08709), with phi = eta |f|^2 and the 0.5 of the authors' code. Unlike `blur` it
+    leaves alone what already agrees.
+    `cosine`: lambda = max(0, eta - <f, r> / (|f| |r|)), the option of EraseDiff's code (arXiv 2401.05779), there with
+    eta 0.1; lambda then does not depend on the gradients' lengths, and nothing is promised of the speed of forgetting.
+
+    A zero gradient agrees with nothing: lambda is eta.
+    """
+    lengths, cosines = lengths_and_cosines(gram)
+    if agreement == "cosine":
+        found = _cosine_to_sum(lengths, cosines)
+    else:
+        found = cosines[0, 1:] @ lengths[1:] / lengths[0] if lengths[0] > 0 else 0.0
+    return [max(0.0, eta - float(found)), *[1.0] * (len(gram) - 1)]
+
+
+def _cosine_to_sum(lengths: "np.ndarray", cosines: "np.ndarray") -> float:
+    """Between gradient 0 and the sum of the others; 0 where either is zero, or they cancel out but for rounding."""
+    longest = lengths[1:].max(initial=0.0)
+    if longest == 0:
+        return 0.0
+    shares = lengths[1:] / longest
+    squared = float(shares @ cosines[1:, 1:] @ shares)
+    if squared <= NOISE:
+        return 0.0
+    return min(1.0, max(-1.0, float(cosines[0, 1:] @ shares) / math.sqrt(squared)))

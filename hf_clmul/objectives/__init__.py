@@ -48,7 +48,7 @@ class Term:
 
     Terms of denoisers need "output" [B, ...]; "empty", "anchor": the output under these prompts, of the teacher where
     the term needs one, else of the student without gradient; "attention" [B]; "partner": the same for a second image of
-    each pair; "image": what the data's image says that the output should be.
+    each pair; "image": what the data's image says that the output should be; "apartness" [B].
     """
 
     function: Callable[..., Any]
@@ -151,6 +151,8 @@ TERMS: dict[str, Term] = {
         "the diffusion or flow matching loss on images"),
     "distill": _denoiser(denoising.distill, KEPT, "teacher", "arXiv 2405.15234",
         "squared distance to the teacher's output"),
+    "latent_anchoring": _denoiser(denoising.latent_anchoring, (RETAIN,), "teacher apartness", "arXiv 2312.16145",
+        "as distill, prompts unlike the concept's counting more (SPM)", preparation.Apartness),
     "confident_distill": _denoiser(denoising.confident_distill, REPLAYED, "teacher image", "arXiv 2408.11374",
         "as distill, where the teacher denoises well (after UniCLUN)"),
     "esd": _denoiser(concepts.esd, GONE, "teacher empty", "arXiv 2303.07345",

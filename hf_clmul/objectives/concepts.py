@@ -46,9 +46,9 @@ def relabel(student: Denoised, teacher: Denoised | None = None) -> "tuple[Tensor
 
     With `denoising` on retain it is EraseDiff too (arXiv 2401.05779): L_retain + lambda (L(theta) - L(theta_K)), L the
     forget loss and theta_K the weights after K steps on it alone. In the authors' code L(theta_K) is a constant, which
-    has no gradient, so that nothing is left of it but lambda, the weight of this term (theirs: 1 for classes, 0.1
-    elsewhere). By another option lambda hangs on the gradients f and r; it comes from BOME (arXiv 2209.08709), max(0,
-    eta - <f, r> / |f|^2), which the conflict rule `blur` has without the bound.
+    has no gradient, so that nothing is left of it but lambda, the weight of this term: 1 in their commands for Stable
+    Diffusion, 0.1 the default. An option of their code for DDPM takes it from the gradients f and r, max(0, 0.1 - <f, r>
+    / (|f| |r|)): the conflict rule `bome` with `agreement: cosine`.
     """
     return distance(student.output, student.variants["anchor"]).sum(), student.batch_size
 

@@ -42,11 +42,23 @@ def ascent(student: Denoised, teacher: Denoised | None = None) -> "tuple[Tensor,
 def distill(student: Denoised, teacher: Denoised) -> "tuple[Tensor, int]":
     """Mean over elements of (output - output of the teacher)^2, summed over B samples; count B, without a unit.
 
-    What holds a network on the prompts that stay: AdvUnlearn (arXiv 2405.15234), the anchor loss of SPM (arXiv
-    2312.16145) with the weight 1000 of its code, the output preservation of DUO (arXiv 2407.21035). Outputs [B, ...].
-    Without the noise of the data target, so that it is zero for an unchanged network.
+    What holds a network on the prompts that stay: AdvUnlearn (arXiv 2405.15234), the output preservation of DUO (arXiv
+    2407.21035); weighed by prompt it is `latent_anchoring`. Outputs [B, ...]. Without the noise of the data target, so
+    that it is zero for an unchanged network.
     """
     return distance(student.output, teacher.output).sum(), student.batch_size
+
+
+def latent_anchoring(student: Denoised, teacher: Denoised) -> "tuple[Tensor, int]":
+    """s `distill`, s [B] how far each sample's prompt is from the concept's, summed over B samples; count B, without a
+    unit.
+
+    SPM's anchors, Lyu et al. (arXiv 2312.16145), with the weight 1000 in their code. They draw them as random embeddings,
+    at the concept's noisy samples, and keep each with the probability 1 less its likeness to the concept. Here they are
+    the prompts to retain, at their own samples, and s weighs each as often as it would be kept; its mean over the role's
+    examples is 1. No gradient reaches it.
+    """
+    return (student.apartness * distance(student.output, teacher.output)).sum(), student.batch_size
 
 
 def confident_distill(

@@ -74,7 +74,8 @@ class Denoised:
     [B, ...]} are outputs at the same noisy samples and times under other prompts: "empty", the unconditional one, and
     "anchor", what takes the concept's place. `attention` [B], in [0, 1], is the part of the cross-attention that goes to the
     concept's tokens, its mean over layers, heads and positions. `partner` is the same for a second image of each pair, under
-    the same prompt. Each of the last three is None unless a term asked for it.
+    the same prompt; `apartness` [B], without a unit, how much each sample counts by how far its prompt is from the
+    concept's. Each of the last four is None unless a term asked for it.
     """
 
     output: "Tensor"
@@ -83,6 +84,7 @@ class Denoised:
     variants: Mapping[str, "Tensor"] | None = None
     attention: Optional["Tensor"] = None
     partner: Optional["Denoised"] = None
+    apartness: Optional["Tensor"] = None
 
     @property
     def batch_size(self) -> int:

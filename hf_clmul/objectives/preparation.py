@@ -51,6 +51,16 @@ class Anchor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Apartness:
+    """`alpha`: the power of 1 less a prompt's likeness to the concept by which it counts; at 0 all count alike.
+
+    1 is the acceptance probability in the code of SPM (arXiv 2312.16145).
+    """
+
+    alpha: Annotated[float, Ge(0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class KeyValues:
     """What an edit of keys and values reads. `anchor`: what takes the concept's place: a prompt, the empty one by
     default; words of the prompts to replace, {seven: eight}; or null, the data's column `anchor`. `preserve`: prompts
