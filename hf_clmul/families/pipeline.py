@@ -15,6 +15,7 @@ from hf_clmul.data.noisy import NOISE_SEED
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.evaluation.images.borrowed import exchanged
 from hf_clmul.evaluation.images.classifiers import check_near, judge_of
+from hf_clmul.evaluation.images.clip import Clip, clip_of
 from hf_clmul.evaluation.images.concepts import Classifier, Sampling, labels_of, picture_rows
 from hf_clmul.evaluation.images.prompts import Row, aggregate, told
 from hf_clmul.families.diffusion import DiffusionFamily
@@ -42,6 +43,7 @@ class LoadedPipeline:
     def __post_init__(self) -> None:
         self._family = DiffusionFamily(self.pipeline, self.settings)
         self._judges: dict[tuple[str | None, str | None], Classifier | None] = {}
+        self._clips: dict[str | None, Clip | None] = {}
 
     @property
     def model(self) -> torch.nn.Module:
@@ -108,9 +110,16 @@ class LoadedPipeline:
             self._judges[key] = found.to(self.model.device) if isinstance(found, torch.nn.Module) else found
         return self._judges[key]
 
+    def clip(self, how: "Images") -> Clip | None:
+        """The CLIP, loaded once and where the pipeline is. Raises RecipeError as `clip_of`."""
+        if how.clip not in self._clips:
+            found = clip_of(how)
+            self._clips[how.clip] = None if found is None else found.to(self.model.device)
+        return self._clips[how.clip]
+
     def check_judge(self, rows: Sequence[Row]) -> None:
-        """Raises RecipeError for a classifier that cannot be loaded, or does not know what it is asked for."""
-        judge = self.judge(self.images)
+        """Raises RecipeError for a classifier or a CLIP that cannot be loaded, or does not know what it is asked for."""
+        judge, _ = self.judge(self.images), self.clip(self.images)
         if judge is not None:
             check_near(self.images, judge.CLASSES)
             for row in rows:
@@ -124,7 +133,7 @@ class LoadedPipeline:
         if not text:  # pipelines of classes take their numbers
             rows = [{**row, "class_label": int(encoder.prompt(row["caption"])["class_labels"])} for row in rows]
         sampling = Sampling(tuple(range(how.per_prompt)), how.steps, how.guidance, how.batch_size, *side)
-        return picture_rows(self.pipeline, rows, self.judge(how), sampling, title, how.shown)
+        return picture_rows(self.pipeline, rows, self.judge(how), sampling, title, how.shown, self.clip(how))
 
     def summary(
         self, groups: Mapping[str, Sequence[Row]], first: Mapping[str, Sequence[Row]], samples: int

@@ -202,6 +202,9 @@ class Images(Section):
         None,
         description="builtin:coloured_digits, or a Hub id or folder of an image classifier; null: nothing is judged",
     )
+    clip: str | None = Field(
+        None, min_length=1, description="Hub id or folder of a CLIP that scores how well pictures go with their prompts"
+    )
     axis: str | None = Field(
         None, description="the column of what is to be forgotten, such as digit: UA, IRA and CRA are by it"
     )

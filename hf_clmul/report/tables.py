@@ -33,10 +33,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "near_retain_accuracy": ("IRA near", "retain accuracy on near neighbours of what is to be forgotten"),
     "far_retain_accuracy": ("IRA far", "retain accuracy on all else of the same kind"),
     "cross_retain_accuracy": ("CRA", "retain accuracy on what is of another kind"),
+    "clip_score": (
+        "CLIP score",
+        "how well the pictures go with their prompts, 0 to 100, by the CLIP that the recipe names",
+    ),
     "frechet_distance": ("Fréchet distance", "to the pictures before the first request, by the classifier's features"),
 }
 _ACCURACY = "_accuracy"
-_PROPER = ("ROUGE-L", "UA", "IRA", "CRA", "Fréchet")  # first words that stay as they are inside a sentence
+_PROPER = ("ROUGE-L", "UA", "IRA", "CRA", "CLIP", "Fréchet")  # first words that stay as they are inside a sentence
 _FORGET_TRUTH_RATIO = "is 1 if it cannot tell the truth from wrong answers"
 
 

@@ -86,7 +86,8 @@ def aggregate(
     values there that lie close to it, `first` the group's rows before the first request.
 
     "forget" has UA, other groups IRA near and far and CRA (see `metrics`); all have the share of each axis that is judged
-    right, and the Frechet distance of the classifier's features to those before the first request.
+    right, the Frechet distance of the classifier's features to those before the first request, and, where a CLIP scored the
+    pictures, the mean of its scores.
     """
     found: dict[str, float | None] = {"prompt_accuracy": prompt_accuracy(rows)}
     judged = samples(rows)
@@ -103,7 +104,8 @@ def aggregate(
         )
         found |= {name: shares[name].value for name in of_group}
     found["frechet_distance"] = _distance(rows, first)
-    return found
+    scores = [score for row in rows for score in row.get("clip_scores", ())]
+    return found | ({"clip_score": sum(scores) / len(scores)} if scores else {})
 
 
 def _distance(rows: Sequence[Row], first: Sequence[Row]) -> float | None:
