@@ -20,8 +20,9 @@ from hf_clmul.evaluation.images.concepts import Classifier, Sampling, labels_of,
 from hf_clmul.evaluation.images.prompts import Row, aggregate, told
 from hf_clmul.families.diffusion import DiffusionFamily
 from hf_clmul.hashes import tensors_sha256
+from hf_clmul.models.diffusion.encoding import latent_shape
 from hf_clmul.models.diffusion.loading import load_pipeline, save_pipeline
-from hf_clmul.models.diffusion.lora_files import FILE, save_lora
+from hf_clmul.models.diffusion.lora_files import FILE, load_lora, save_lora
 
 if TYPE_CHECKING:
     from hf_clmul.families.options import Diffusion
@@ -157,20 +158,13 @@ class LoadedPipeline:
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Noise at random times, under the prompts of these rows."""
         encoder = self._family.encoder
-        shape = self._shape()
+        shape = latent_shape(self.pipeline, encoder.architecture, encoder.size)
         examples = [
             {"mean": torch.zeros(shape), "std": torch.ones(shape), NOISE_SEED: derived_seed("probe", i),
              "conditioning": encoder.prompt(row["caption"]) if self._family.architecture.conditional else {}}
             for i, row in enumerate(rows)
         ]  # fmt: skip
         return self._family.collator().collate(examples)
-
-    def _shape(self) -> tuple[int, ...]:
-        if self._family.architecture.name == "FluxPipeline":
-            return (self.model.config.in_channels // 4, 8, 8)
-        size = self.model.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.model.config.in_channels, height, width)
 
     @torch.no_grad()
     def outputs(self, model: Any, probe: Mapping[str, Any]) -> torch.Tensor:
@@ -201,7 +195,7 @@ class LoadedPipeline:
             pipeline = load_pipeline(str(folder), first.dtype)
         else:
             pipeline = load_pipeline(self.base, first.dtype, **self.options)
-            pipeline.load_lora_weights(folder)
+            load_lora(pipeline, folder)
         return getattr(pipeline.to(first.device), self._family.architecture.component).eval()
 
 

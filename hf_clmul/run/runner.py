@@ -102,7 +102,15 @@ def _execute(run: Run, began: float) -> None:
         about = {"versions": versions(run.recipe.family), "hardware": hardware(run.state.device.type, processes)}
         run.ledger.begun(run.recipe_sha256, base, processes, **about)
     carried.read_targets(run)
-    first = {"title": "before learning", "seconds": 0.0, "steps": 0, "examples": {}, "how": "", "log": None, **base}
+    first = {
+        "title": f"before {run.steps[0].kind}ing",
+        "seconds": 0.0,
+        "steps": 0,
+        "examples": {},
+        "how": "",
+        "log": None,
+        **base,
+    }
     measure_stage(run, None, {"stage": "base", "kind": "base", **first})
     _write_record(run, "running", began)
     for step in run.steps:
