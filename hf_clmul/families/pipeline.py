@@ -1,6 +1,7 @@
 """A diffusion pipeline in memory with what goes with it: what a run asks of it beside training. Knows files and loaders; nothing
 of recipes or requests."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from hf_clmul.evaluation.images.borrowed import exchanged
 from hf_clmul.evaluation.images.classifiers import check_near, judge_of
 from hf_clmul.evaluation.images.clip import Clip, clip_of
 from hf_clmul.evaluation.images.concepts import Classifier, Sampling, labels_of, picture_rows
+from hf_clmul.evaluation.images.neighbours import EMBEDDINGS, RECIPE, Near, candidates, nearest, similarities
 from hf_clmul.evaluation.images.prompts import Row, aggregate, told
 from hf_clmul.families.diffusion import DiffusionFamily
 from hf_clmul.hashes import tensors_sha256
@@ -27,6 +29,8 @@ from hf_clmul.models.diffusion.lora_files import FILE, load_lora, save_lora
 if TYPE_CHECKING:
     from hf_clmul.families.options import Diffusion
     from hf_clmul.recipe.schema import Adapter, Images
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,6 +49,7 @@ class LoadedPipeline:
         self._family = DiffusionFamily(self.pipeline, self.settings)
         self._judges: dict[tuple[str | None, str | None], Classifier | None] = {}
         self._clips: dict[str | None, Clip | None] = {}
+        self.near = Near() if self.images.near is None else Near(tuple(self.images.near), RECIPE)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -118,13 +123,38 @@ class LoadedPipeline:
             self._clips[how.clip] = None if found is None else found.to(self.model.device)
         return self._clips[how.clip]
 
-    def check_judge(self, rows: Sequence[Row]) -> None:
-        """Raises RecipeError for a classifier or a CLIP that cannot be loaded, or does not know what it is asked for."""
+    def check_judge(self, rows: Sequence[Row], forgotten: Sequence[Row] = ()) -> None:
+        """Raises RecipeError for a classifier or a CLIP that cannot be loaded, or does not know what it is asked for. Chooses near
+        neighbours of `forgotten` among the rows where the recipe names none."""
         judge, _ = self.judge(self.images), self.clip(self.images)
-        if judge is not None:
-            check_near(self.images, judge.CLASSES)
-            for row in rows:
-                labels_of(row, judge.CLASSES)
+        if judge is None:
+            return
+        check_near(self.images, judge.CLASSES)
+        for row in rows:
+            labels_of(row, judge.CLASSES)
+        if self.images.near is None and self.images.axis is not None:
+            self.near = self._chosen(*candidates(rows, forgotten, self.images.axis))
+
+    def _chosen(self, gone: Sequence[str], others: Sequence[str]) -> Near:
+        if not gone or not others:
+            return Near()
+        shown = ", ".join(gone)
+        states = self._family.encoder.text_states([*gone, *others])
+        if states is None:
+            log.info("no near neighbours of %s are chosen: this pipeline reads no text", shown)
+            return Near()
+        found = dict(zip(others, similarities(states[: len(gone)], states[len(gone) :]), strict=True))
+        names = nearest(found)
+        log.info("near neighbours of %s, by the pipeline's text embeddings: %s", shown, ", ".join(names))
+        ordered = sorted(found, key=lambda name: (name not in names, -found[name], name))
+        return Near(names, EMBEDDINGS, {name: round(found[name], 4) for name in ordered})
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """What the record says of how pictures are judged."""
+        how = self.images
+        near = {"near": list(self.near.names), "near_from": self.near.source, "similarity": self.near.similarity}
+        return {"classifier": how.classifier, "clip": how.clip, "axis": how.axis, **near}
 
     def measure(self, model: Any, rows: Sequence[Row], how: "Images", title: str) -> list[Row]:
         """Pictures of each prompt and what the classifier sees in them, complete on every rank. They are made with whatever
@@ -144,7 +174,7 @@ class LoadedPipeline:
         return {
             group: {
                 "examples": len(rows),
-                "metrics": aggregate(rows, group, forgotten, self.images.axis, self.images.near, first.get(group, ())),
+                "metrics": aggregate(rows, group, forgotten, self.images.axis, self.near.names, first.get(group, ())),
                 "samples": [
                     {"question": row["caption"], "answer": "", "generated": told(row)} for row in rows[:samples]
                 ],

@@ -177,8 +177,8 @@ def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
         learns = {content(e): e for e in step.roles.get("learn", [])}
         forgets = {content(e): e for e in step.roles.get("forget", [])}
         learned |= learns
-        if (
-            isinstance(step.request, Unlearn) and step.request.retain is not None
+        if isinstance(step.request, Unlearn) and (
+            step.request.retain is not None or step.retains
         ):  # nobody learned it here, and it has to stay
             learned |= {content(e): e for e in step.roles.get("retain", [])}
         forget = {text: e for text, e in {**forget, **forgets}.items() if text not in learns}

@@ -208,8 +208,10 @@ class Images(Section):
     axis: str | None = Field(
         None, description="the column of what is to be forgotten, such as digit: UA, IRA and CRA are by it"
     )
-    near: list[str] = Field(
-        [], description="values of that column which are near neighbours of what is to be forgotten"
+    near: list[str] | None = Field(
+        None,
+        description="values of that column which are near neighbours of what is to be forgotten; null: the two whose text "
+        "is most like it to the model",
     )
     per_prompt: Count = Field(
         8, description="pictures of each prompt; picture i of all prompts begins with the same noise"
