@@ -213,6 +213,9 @@ class Images(Section):
         description="values of that column which are near neighbours of what is to be forgotten; null: the two whose text "
         "is most like it to the model",
     )
+    paraphrases: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
+        {}, description="{value of that column: other prompts for it}: UA under these, which nothing is trained on"
+    )
     per_prompt: Count = Field(
         8, description="pictures of each prompt; picture i of all prompts begins with the same noise"
     )

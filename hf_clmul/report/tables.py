@@ -14,6 +14,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     FORGET: ("Forget", "what is to be forgotten"),
     RETAIN: ("Retain", "what was learned and has to stay"),
     HELD_OUT: ("Held out", "never trained on"),
+    "paraphrased": ("Paraphrased", "what is to be forgotten, asked for in words that nothing was trained on"),
 }
 
 # (label, meaning)
@@ -29,6 +30,10 @@ METRICS: dict[str, tuple[str, str]] = {
     "unlearning_accuracy": (
         "UA",
         "unlearning accuracy: share of the pictures in which what is to be forgotten is not seen",
+    ),
+    "worst_unlearning_accuracy": (
+        "UA, worst prompt",
+        "lowest UA under one paraphrase of a concept, mean over concepts",
     ),
     "near_retain_accuracy": ("IRA near", "retain accuracy on near neighbours of what is to be forgotten"),
     "far_retain_accuracy": ("IRA far", "retain accuracy on all else of the same kind"),
