@@ -181,6 +181,8 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
         console().print(table)
         for row in rows:
             say(f"{row['request']}: {row['how']} ({row['why']})")
+            for note in row["notes"]:
+                say(f"  {note}")
             if row["instead"]:
                 again = ", ".join(row["instead"]["trainings"])
                 say(f"  exact would be to train again, without these rows: {again} ({row['instead']['steps']:,} steps)")

@@ -30,6 +30,7 @@ def fake_pictures() -> dict[str, Any]:
     """A complete record of one unlearn request without a reference; every call gives a fresh copy."""
     results = fake_results()
     base, _, unlearn = results["stages"]
+    base["title"] = "before unlearning"
     results["stages"] = [base, {**unlearn, "stage": "00-unlearn-seven", "title": "after unlearning seven",
                                 "log": "requests/00-unlearn-seven/log.jsonl"}]  # fmt: skip
     for stage in results["stages"]:

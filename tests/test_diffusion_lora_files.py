@@ -8,13 +8,17 @@ import torch
 from diffusers import DDPMPipeline, DiTPipeline
 from diffusers.utils import logging
 from peft import LoraConfig, PeftModel, get_peft_model
+from pipeline_probe import probe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.families.options import Diffusion
+from hf_clmul.families.pipeline import LoadedPipeline
 from hf_clmul.models.diffusion.architectures import ARCHITECTURES
-from hf_clmul.models.diffusion.loading import load_pipeline, probe, save_pipeline
-from hf_clmul.models.diffusion.lora_files import FILE, check_precision, metadata, save_lora, verify_lora
+from hf_clmul.models.diffusion.loading import load_pipeline, save_pipeline
+from hf_clmul.models.diffusion.lora_files import FILE, check_precision, load_lora, metadata, save_lora
+from hf_clmul.recipe.schema import Images
 
 MAKERS = {
     "StableDiffusionPipeline": tiny_pipelines.stable_diffusion,
@@ -36,6 +40,12 @@ def attach(pipeline, **settings) -> PeftModel:
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def verify_lora(fresh, folder, expected: torch.Tensor) -> float:
+    """How far the pipeline with the file is from the one that wrote it."""
+    load_lora(fresh, folder)
+    return distance(probe(fresh), expected)
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -89,6 +99,22 @@ def test_the_check_is_quiet(tmp_path, capfd):
     capfd.readouterr()
     verify_lora(fresh, tmp_path, expected)
     assert capfd.readouterr() == ("", "") and logging.get_verbosity() == verbosity
+
+
+def test_what_a_run_loads_back_is_quiet_too_and_no_file_of_another_format(tmp_path, capfd):
+    save_pipeline(tiny_pipelines.stable_diffusion(), tmp_path / "base")
+    pipeline = load_pipeline(str(tmp_path / "base"))
+    loaded = LoadedPipeline(pipeline, str(tmp_path / "base"), Diffusion(), Images())
+    probed, model = loaded.probe([{"caption": "a seven"}]), attach(pipeline)
+    save_lora(type(pipeline), tmp_path / "lora", model, NAME)
+    capfd.readouterr()
+    back = loaded.load_back(tmp_path / "lora", model, whole=False)
+    assert "CLIPTextModel" not in "".join(capfd.readouterr())
+    assert torch.equal(loaded.outputs(back, probed), loaded.outputs(model, probed))
+    model.save_pretrained(tmp_path)
+    (tmp_path / NAME / "adapter_model.safetensors").rename(tmp_path / NAME / FILE)
+    with pytest.raises(RunError, match="took nothing from it"):
+        loaded.load_back(tmp_path / NAME, model, whole=False)
 
 
 def test_it_works_on_a_pipeline_from_files_too(tmp_path):

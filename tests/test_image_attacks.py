@@ -136,7 +136,7 @@ class Cached(Plain):
 
 def test_inversions_that_cannot_be_are_refused(pipeline, noising):
     for arguments, found in (
-        ((pipeline, Cached(), noising, PIXELS, PROMPTS), "lets no gradient through"),
+        ((pipeline, Cached(), noising, PIXELS, PROMPTS), "inversion: no gradient of the loss reaches"),
         ((pipeline, Plain(), noising, PIXELS, PROMPTS[:2]), "3 images, 2 prompts"),
         ((pipeline, Plain(), noising, PIXELS[:0], []), "at least one image"),
         ((unconditional(), Plain(), noising, PIXELS, PROMPTS), "DDPMPipeline has none"),

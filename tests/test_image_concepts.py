@@ -8,9 +8,7 @@ from image_fixtures import ByColour, stable_diffusion, unconditional
 
 from hf_clmul.errors import RecipeError
 from hf_clmul.evaluation.images import concepts
-from hf_clmul.evaluation.images.concepts import Sampling, Seen, features_without, judge, labels_of, see, summary
-from hf_clmul.evaluation.images.distances import frechet_distance
-from hf_clmul.evaluation.images.metrics import Target
+from hf_clmul.evaluation.images.concepts import Sampling, judge, labels_of, picture_rows, see
 from hf_clmul.evaluation.images.sampling import sample
 
 PROMPTS = [
@@ -106,44 +104,27 @@ def test_prompts_that_fix_nothing_known_are_refused(pipeline):
         labels_of({"id": "x", "caption": "a", "colour": "blue"}, ByColour.CLASSES)
 
 
-def row(colour, side, seen_colour, seen_side):
-    return {"prompt": "p", "seed": 0, "labels": {"colour": colour, "side": side},
-            "predicted": {"colour": seen_colour, "side": seen_side}}  # fmt: skip
+def brightness(images, prompts, batch_size):
+    """Stands in for a CLIP: says of a picture how bright it is, and how long its own prompt."""
+    assert len(images) == len(prompts)
+    return [float(image.mean()) + 10 * len(prompt) for image, prompt in zip(images, prompts, strict=True)]
 
 
-KNOWN = Seen(
-    [
-        row("red", "left", "green", "left"),
-        row("green", "left", "green", "right"),
-        row("green", "right", "red", "right"),
-    ],
-    torch.tensor([[9.0, 9.0], [0.0, 1.0], [2.0, 1.0]]),
-)
-RED = Target("colour", ["red"])
+@pytest.mark.parametrize("classifier", [None, ByColour()])
+def test_each_picture_is_scored_with_its_own_prompt(pipeline, classifier):
+    images = sample(pipeline, [prompt["caption"] for prompt in PROMPTS], [4, 2], 2, 2.0, 4)
+    rows = picture_rows(pipeline, PROMPTS, classifier, HOW, "sampling", 1, brightness)
+    for row, prompt, pictures in zip(rows, PROMPTS, images, strict=True):
+        wanted = [float(picture.mean()) + 10 * len(prompt["caption"]) for picture in pictures]
+        assert row["clip_scores"] == pytest.approx(wanted, abs=1e-3)
+        assert len(row["predicted"]) == (0 if classifier is None else 2) and len(row["pictures"]) == 1
 
 
-def test_the_record_has_values_counts_and_reasons():
-    reference = torch.tensor([[1.0, 0.0], [1.0, 4.0]])
-    record = summary(KNOWN, RED, reference)
-    assert record["examples"] == 3
-    distance = record["metrics"].pop("frechet_distance")
-    assert record["metrics"] == {
-        "unlearning_accuracy": 1.0, "near_retain_accuracy": None, "far_retain_accuracy": 0.5, "cross_retain_accuracy": 0.5,
-    }  # fmt: skip
-    assert record["counts"] == {
-        "unlearning_accuracy": 1, "near_retain_accuracy": 0, "far_retain_accuracy": 2, "cross_retain_accuracy": 2,
-        "frechet_distance": 2,
-    }  # fmt: skip
-    assert record["absent"] == {"near_retain_accuracy": "no near neighbours of red were named"}
-    assert record["concepts"] == {"colour": {"red": 0.0, "green": 0.5}, "side": {"left": 0.5, "right": 1.0}}
-    # means (1, 1) and (1, 2); covariances diag(2, 0) and diag(0, 8), which have no direction in common
-    assert distance == pytest.approx(1 + 2 + 8) == frechet_distance(KNOWN.features[1:], reference)
-
-
-def test_without_a_target_or_a_reference():
-    assert torch.equal(features_without(KNOWN, None), KNOWN.features)
-    assert torch.equal(features_without(KNOWN, RED), KNOWN.features[1:])
-    record = summary(KNOWN)
-    assert record["metrics"] == {"frechet_distance": None} and "no features" in record["absent"]["frechet_distance"]
-    record = summary(KNOWN, Target("colour", ["green"]), KNOWN.features)
-    assert record["metrics"]["frechet_distance"] is None and "found 1 and 3" in record["absent"]["frechet_distance"]
+def test_where_nobody_judges_only_what_is_shown_is_drawn(pipeline, monkeypatch):
+    drawn, real = [], concepts.sample
+    monkeypatch.setattr(
+        concepts, "sample", lambda p, prompts, seeds, *rest: (drawn.append(seeds), real(p, prompts, seeds, *rest))[1]
+    )
+    rows = picture_rows(pipeline, PROMPTS, None, HOW, "sampling", 1)
+    assert drawn == [(4,)] and [len(row["pictures"]) for row in rows] == [1, 1, 1]
+    assert rows[0] == {**PROMPTS[0], "labels": {}, "predicted": [], "features": "", "pictures": rows[0]["pictures"]}

@@ -2,7 +2,14 @@
 
 import pytest
 
-from hf_clmul.evaluation.images.metrics import METRICS, Share, Target, accuracies, measure_target
+from hf_clmul.evaluation.images.metrics import (
+    METRICS,
+    Share,
+    Target,
+    measure_target,
+    unlearning_accuracy,
+    worst_unlearning_accuracy,
+)
 
 SEVEN = Target("digit", ["seven"], near=["one"])
 FIELDS = ("unlearning_accuracy", "near_retain_accuracy", "far_retain_accuracy", "cross_retain_accuracy")
@@ -54,12 +61,21 @@ def test_several_targets_count_together_and_are_nobodys_neighbours():
     assert found["cross_retain_accuracy"] == Share(1.0, 3)
 
 
-def test_accuracy_of_each_concept():
-    assert accuracies(TABLE) == {
-        "digit": {"seven": Share(1 / 4, 4), "one": Share(1 / 2, 2), "two": Share(1.0, 2), "three": Share(0.0, 1)},
-        "colour": {"red": Share(4 / 5, 5), "green": Share(3 / 4, 4)},
-    }
-    assert accuracies([]) == {}
+def test_the_worst_prompt_of_each_concept_counts():
+    samples = rows(
+        ("seven", "red", "one", "red"),
+        ("seven", "red", "two", "red"),  # a red seven: 1
+        ("seven", "green", "seven", "green"),
+        ("seven", "green", "one", "green"),  # a green seven: 1/2
+        ("nine", "red", "nine", "red"),
+        ("nine", "red", "nine", "red"),  # a red nine: 0
+        ("one", "red", "one", "red"),
+    )
+    both = Target("digit", ["seven", "nine"])
+    assert worst_unlearning_accuracy(samples, both) == Share((1 / 2 + 0) / 2, 2)
+    assert worst_unlearning_accuracy(samples, SEVEN) == Share(1 / 2, 1)
+    assert unlearning_accuracy(samples, both).value == 3 / 6
+    assert worst_unlearning_accuracy(samples, Target("digit", ["two"])).value is None
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,12 @@ def test_limits_are_named_where_they_hold():
     assert "not erasure" not in card(stages=exact)
 
 
+def test_a_card_of_a_diffusion_model_says_what_becomes_of_pictures():
+    told = "**Unlearning deletes no pictures.** Those that the model drew"
+    assert told in section(model_card(fake_pictures(), RECIPE, "full", None), "Limits")
+    assert "deletes no pictures" not in card()
+
+
 def test_every_claim_is_explained_with_its_requests():
     text = model_card(fake_stream(), RECIPE, "adapter", HUB_ID)
     asked = section(text, "What was asked and done")

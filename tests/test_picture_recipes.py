@@ -13,7 +13,7 @@ from hf_clmul.errors import RecipeError
 from hf_clmul.families import generated, pipeline
 from hf_clmul.hashes import file_hashes
 from hf_clmul.recipe.load import load_recipe
-from hf_clmul.run.runner import run_recipe
+from hf_clmul.run.runner import plan_recipe, run_recipe
 
 RECIPE = """\
 recipe_version: 1
@@ -272,3 +272,48 @@ def test_pictures_are_learned_remembered_and_replayed(folder):
     assert (
         len(list((folder / "cache" / "generated").rglob("*.png"))) == 4
     )  # of `things`, which no request names, nothing
+
+
+WORDS = ", paraphrases: {cat: [the cat, one cat]}}"
+
+
+def test_a_run_reports_ua_under_paraphrases(folder, judge):
+    stable_diffusion().save_pretrained(folder / "pipeline")
+    asked = JUDGE.replace("per_prompt: 1", "per_prompt: 4").replace("}", WORDS)
+    text = RECIPE.replace(", a bird]", "]").replace("{per_prompt: 1, steps: 2}", asked)
+    run_recipe(recipe(text=text), folder / "out")
+    results = json.loads((folder / "out" / "results.json").read_text())
+    for stage, place in zip(results["stages"], ("base", "requests/00-unlearn-cats"), strict=True):
+        rows = [json.loads(line) for line in (folder / "out" / place / "examples.jsonl").read_text().splitlines()]
+        other = [row for row in rows if row["group"] == "paraphrased"]
+        assert [row["caption"] for row in other] == ["the cat", "one cat"]
+        shares = [sum(seen["kind"] != "cat" for seen in row["predicted"]) / 4 for row in other]
+        found = stage["groups"]["paraphrased"]["metrics"]
+        assert found["unlearning_accuracy"] == sum(shares) / 2
+        assert found["worst_unlearning_accuracy"] == min(shares)
+        assert not [name for name in found if "retain" in name]
+        assert stage["groups"]["paraphrased"]["examples"] == 2
+    assert results["stages"][1]["examples"] == {"forget": 2, "retain": 2}  # nothing is trained on them
+    page = (folder / "out" / "report" / "report.html").read_text()
+    assert "Paraphrased" in page and "UA, worst prompt" in page
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "{classifier: ./judge, axis: kind, paraphrases: {dog: [the dog]}}",
+            "'dog' is no kind that is to be forgotten; cat.",
+        ),
+        ("{classifier: ./judge, axis: kind, paraphrases: {cat: [the cat, a cat]}}", "'a cat' is a prompt of the data"),
+        (
+            "{classifier: ./judge, axis: kind, paraphrases: {cat: [the cat, the cat]}}",
+            "give a list of different prompts",
+        ),
+        ("{paraphrases: {cat: [the cat]}}", "name the `classifier` that judges them and the `axis`"),
+    ],
+)
+def test_paraphrases_that_are_none_are_refused_by_the_plan_too(folder, judge, given, message):
+    stable_diffusion().save_pretrained(folder / "pipeline")
+    with pytest.raises(RecipeError, match=message):
+        plan_recipe(recipe("{per_prompt: 1, steps: 2}", given))

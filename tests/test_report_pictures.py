@@ -127,7 +127,7 @@ def found_colours(png: bytes) -> list[list[tuple[int, int, int]]]:
 def test_the_grid_has_the_prompts_to_forget_first_then_those_to_keep(tmp_path):
     (grid,) = grids(write_pictures(tmp_path), fake_pictures())
     assert grid.captions == (*PROMPTS["forget"], *PROMPTS["retain"])
-    assert grid.titles == ("before learning", "after unlearning seven")
+    assert grid.titles == ("before unlearning", "after unlearning seven")
     expected = [
         [colour(at, group, i, seed) for at in (0, 1) for seed in range(SEEDS)]
         for group, prompts in PROMPTS.items()
@@ -165,7 +165,7 @@ def test_of_a_few_unlearn_requests_each_has_a_grid(tmp_path):
     results = sequence(2)
     whole, first, second = grids(write_pictures(tmp_path, results), results)
     assert (whole.titles, first.titles, second.titles) == (
-        ("before learning", "after 1"), ("before learning", "after 0"), ("after 0", "after 1"),
+        ("before unlearning", "after 1"), ("before unlearning", "after 0"), ("after 0", "after 1"),
     )  # fmt: skip
     assert first.captions == second.captions == tuple(PROMPTS["forget"])
     assert found_colours(second.png(LIGHT))[0] == [
@@ -209,7 +209,7 @@ def test_the_page_holds_the_grid_for_light_and_dark(page):
     assert [tuple(decoded(png)[0, 0]) for png in found] == [tuple(bytes.fromhex(c[0][1:])) for c in (LIGHT, DARK)]
     assert (
         section.count(
-            'alt="Sampled pictures before learning and after unlearning seven, 3 for each of 6 prompts: a red'
+            'alt="Sampled pictures before unlearning and after unlearning seven, 3 for each of 6 prompts: a red'
         )
         == 2
     )

@@ -9,13 +9,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusion_bed import RETAIN, lora, make, rows, two_roles
 from huggingface_hub import ModelCard
+from pipeline_probe import probe
 from safetensors.torch import load_file
 from trainer_bed import Gradients, Stop, distance, lines, same, trained, weights
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.models.diffusion.loading import probe
 from hf_clmul.models.diffusion.lora_files import FILE
 
 SD = tiny_pipelines.stable_diffusion

@@ -11,10 +11,11 @@ from diffusers import DiffusionPipeline
 from diffusion_bed import FORGET, RETAIN, lora, make, rows, two_roles
 from peft import get_peft_model
 from PIL import Image
+from pipeline_probe import probe
 from trainer_bed import QUIET, lines, same, weights
 from transformers import TrainerCallback
 
-from hf_clmul.models.diffusion.loading import probe, save_pipeline
+from hf_clmul.models.diffusion.loading import save_pipeline
 from hf_clmul.models.diffusion.lora_files import FILE, save_lora
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig

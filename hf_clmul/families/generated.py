@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from hf_clmul.data.images import drawn_file
 from hf_clmul.data.pictures import Drawing, drawings
 from hf_clmul.data.roles import derived_seed
-from hf_clmul.data.sources import GENERATED
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation.images.sampling import draw
 from hf_clmul.hashes import digest
 from hf_clmul.paths import atomic_write, cache_folder
+from hf_clmul.plan.retained import drawn_sources
 
 if TYPE_CHECKING:
     from hf_clmul.families.pipeline import LoadedPipeline
@@ -46,12 +46,7 @@ def make_generated(
     `loaded` is the unmodified model, `hashes` its own (of the main process; others may give none). Raises RunError for pictures
     that cannot be drawn or written, in every process.
     """
-    known = {
-        drawing.reference: drawing
-        for name, source in recipe.data.items()
-        if source.path == GENERATED
-        for drawing in drawings(source, name)
-    }
+    known = {drawing.reference: drawing for name, source in drawn_sources(recipe) for drawing in drawings(source, name)}
     asked = {row["image"] for row in rows if isinstance(row.get("image"), str)}
     wanted = [drawing for reference, drawing in known.items() if reference in asked]
     if not wanted:

@@ -55,6 +55,11 @@ class Loaded:
         """What the record says of the model beside its size: nothing."""
         return {}
 
+    @property
+    def judged(self) -> dict[str, Any]:
+        """What the record says of how answers are judged: nothing."""
+        return {}
+
     def hashes(self, model: Any) -> dict[str, str]:
         """Of the weights of the bare model, and of what encodes its data."""
         return {"weights_sha256": weights_sha256(model), "tokenizer_sha256": tokenizer_sha256(self.tokenizer)}

@@ -1,6 +1,7 @@
 """A diffusion pipeline in memory with what goes with it: what a run asks of it beside training. Knows files and loaders; nothing
 of recipes or requests."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,16 +16,21 @@ from hf_clmul.data.noisy import NOISE_SEED
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.evaluation.images.borrowed import exchanged
 from hf_clmul.evaluation.images.classifiers import check_near, judge_of
+from hf_clmul.evaluation.images.clip import Clip, clip_of
 from hf_clmul.evaluation.images.concepts import Classifier, Sampling, labels_of, picture_rows
+from hf_clmul.evaluation.images.neighbours import EMBEDDINGS, RECIPE, Near, candidates, nearest, similarities
 from hf_clmul.evaluation.images.prompts import Row, aggregate, told
 from hf_clmul.families.diffusion import DiffusionFamily
 from hf_clmul.hashes import tensors_sha256
+from hf_clmul.models.diffusion.encoding import latent_shape
 from hf_clmul.models.diffusion.loading import load_pipeline, save_pipeline
-from hf_clmul.models.diffusion.lora_files import FILE, save_lora
+from hf_clmul.models.diffusion.lora_files import FILE, load_lora, save_lora
 
 if TYPE_CHECKING:
     from hf_clmul.families.options import Diffusion
     from hf_clmul.recipe.schema import Adapter, Images
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +49,8 @@ class LoadedPipeline:
     def __post_init__(self) -> None:
         self._family = DiffusionFamily(self.pipeline, self.settings, self.trainable)
         self._judges: dict[tuple[str | None, str | None], Classifier | None] = {}
+        self._clips: dict[str | None, Clip | None] = {}
+        self.near = Near() if self.images.near is None else Near(tuple(self.images.near), RECIPE)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -111,13 +119,45 @@ class LoadedPipeline:
             self._judges[key] = found.to(self.model.device) if isinstance(found, torch.nn.Module) else found
         return self._judges[key]
 
-    def check_judge(self, rows: Sequence[Row]) -> None:
-        """Raises RecipeError for a classifier that cannot be loaded, or does not know what it is asked for."""
-        judge = self.judge(self.images)
-        if judge is not None:
-            check_near(self.images, judge.CLASSES)
-            for row in rows:
-                labels_of(row, judge.CLASSES)
+    def clip(self, how: "Images") -> Clip | None:
+        """The CLIP, loaded once and where the pipeline is. Raises RecipeError as `clip_of`."""
+        if how.clip not in self._clips:
+            found = clip_of(how)
+            self._clips[how.clip] = None if found is None else found.to(self.model.device)
+        return self._clips[how.clip]
+
+    def check_judge(self, rows: Sequence[Row], forgotten: Sequence[Row] = ()) -> None:
+        """Raises RecipeError for a classifier or a CLIP that cannot be loaded, or does not know what it is asked for. Chooses near
+        neighbours of `forgotten` among the rows where the recipe names none."""
+        judge, _ = self.judge(self.images), self.clip(self.images)
+        if judge is None:
+            return
+        check_near(self.images, judge.CLASSES)
+        for row in rows:
+            labels_of(row, judge.CLASSES)
+        if self.images.near is None and self.images.axis is not None:
+            self.near = self._chosen(*candidates(rows, forgotten, self.images.axis))
+
+    def _chosen(self, gone: Sequence[str], others: Sequence[str]) -> Near:
+        if not gone or not others:
+            return Near()
+        shown = ", ".join(gone)
+        states = self._family.encoder.text_states([*gone, *others])
+        if states is None:
+            log.info("no near neighbours of %s are chosen: this pipeline reads no text", shown)
+            return Near()
+        found = dict(zip(others, similarities(states[: len(gone)], states[len(gone) :]), strict=True))
+        names = nearest(found)
+        log.info("near neighbours of %s, by the pipeline's text embeddings: %s", shown, ", ".join(names))
+        ordered = sorted(found, key=lambda name: (name not in names, -found[name], name))
+        return Near(names, EMBEDDINGS, {name: round(found[name], 4) for name in ordered})
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """What the record says of how pictures are judged."""
+        how = self.images
+        near = {"near": list(self.near.names), "near_from": self.near.source, "similarity": self.near.similarity}
+        return {"classifier": how.classifier, "clip": how.clip, "axis": how.axis, **near}
 
     def measure(self, model: Any, rows: Sequence[Row], how: "Images", title: str) -> list[Row]:
         """Pictures of each prompt and what the classifier sees in them, complete on every rank. They are made with whatever
@@ -127,7 +167,7 @@ class LoadedPipeline:
         if not text:  # pipelines of classes take their numbers
             rows = [{**row, "class_label": int(encoder.prompt(row["caption"])["class_labels"])} for row in rows]
         sampling = Sampling(tuple(range(how.per_prompt)), how.steps, how.guidance, how.batch_size, *side)
-        return picture_rows(self.pipeline, rows, self.judge(how), sampling, title, how.shown)
+        return picture_rows(self.pipeline, rows, self.judge(how), sampling, title, how.shown, self.clip(how))
 
     def summary(
         self, groups: Mapping[str, Sequence[Row]], first: Mapping[str, Sequence[Row]], samples: int
@@ -137,7 +177,7 @@ class LoadedPipeline:
         return {
             group: {
                 "examples": len(rows),
-                "metrics": aggregate(rows, group, forgotten, self.images.axis, self.images.near, first.get(group, ())),
+                "metrics": aggregate(rows, group, forgotten, self.images.axis, self.near.names, first.get(group, ())),
                 "samples": [
                     {"question": row["caption"], "answer": "", "generated": told(row)} for row in rows[:samples]
                 ],
@@ -151,20 +191,13 @@ class LoadedPipeline:
     def probe(self, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Noise at random times, under the prompts of these rows."""
         encoder = self._family.encoder
-        shape = self._shape()
+        shape = latent_shape(self.pipeline, encoder.architecture, encoder.size)
         examples = [
             {"mean": torch.zeros(shape), "std": torch.ones(shape), NOISE_SEED: derived_seed("probe", i),
              "conditioning": encoder.prompt(row["caption"]) if self._family.architecture.conditional else {}}
             for i, row in enumerate(rows)
         ]  # fmt: skip
         return self._family.collator().collate(examples)
-
-    def _shape(self) -> tuple[int, ...]:
-        if self._family.architecture.name == "FluxPipeline":
-            return (self._family.denoiser.config.in_channels // 4, 8, 8)
-        size = self._family.denoiser.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self._family.denoiser.config.in_channels, height, width)
 
     @torch.no_grad()
     def outputs(self, model: Any, probe: Mapping[str, Any]) -> torch.Tensor:
@@ -195,7 +228,7 @@ class LoadedPipeline:
             pipeline = load_pipeline(str(folder), first.dtype)
         else:
             pipeline = load_pipeline(self.base, first.dtype, **self.options)
-            pipeline.load_lora_weights(folder)
+            load_lora(pipeline, folder)
         return getattr(pipeline.to(first.device), self._family.architecture.trained).eval()
 
 

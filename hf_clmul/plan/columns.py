@@ -10,10 +10,13 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import Example, content, load_examples
 from hf_clmul.data.sources import shown as cut
 from hf_clmul.errors import RecipeError
+from hf_clmul.evaluation.images.paraphrases import GROUP as PARAPHRASED
+from hf_clmul.evaluation.images.paraphrases import paraphrased
 from hf_clmul.evaluation.images.prompts import prompts
 from hf_clmul.evaluation.suites import fixed_sample
 from hf_clmul.hashes import digest
 from hf_clmul.plan.steps import Step
+from hf_clmul.recipe.problems import one_of
 from hf_clmul.recipe.schema import Learn, Recipe, Unlearn
 from hf_clmul.recipe.streams import BASE
 from hf_clmul.report.claims import EXACT
@@ -114,9 +117,10 @@ def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Ex
     retain = [row for column in cut for row in column.rows if content(row) in kept]
     taught = {content(row) for column in columns(steps) for row in column.rows}
     retain += _sample([row for row in whole.get("retain", []) if content(row) not in taught], size, "retain")
+    asked = whole.get(PARAPHRASED, [])
     groups = {
         name: {content(row): row for row in rows}
-        for name, rows in (("forget", forget), ("retain", retain), ("held_out", held_out))
+        for name, rows in (("forget", forget), ("retain", retain), ("held_out", held_out), (PARAPHRASED, asked))
     }
     rows = {content(row): row for column in cut for row in column.rows}
     rows |= {text: row for group in groups.values() for text, row in group.items()}
@@ -177,8 +181,8 @@ def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
         learns = {content(e): e for e in step.roles.get("learn", [])}
         forgets = {content(e): e for e in step.roles.get("forget", [])}
         learned |= learns
-        if (
-            isinstance(step.request, Unlearn) and step.request.retain is not None
+        if isinstance(step.request, Unlearn) and (
+            step.request.retain is not None or step.retains
         ):  # nobody learned it here, and it has to stay
             learned |= {content(e): e for e in step.roles.get("retain", [])}
         forget = {text: e for text, e in {**forget, **forgets}.items() if text not in learns}
@@ -196,7 +200,30 @@ def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
             )
     forget |= {content(example): example for example in named["forget"]}
     whole = {"forget": list(forget.values()), "retain": retain, "held_out": named["held_out"]}
+    whole[PARAPHRASED] = _paraphrases(recipe, steps, whole)
     return {name: rows for name, rows in whole.items() if rows}
+
+
+def _paraphrases(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Example]]) -> list[Example]:
+    """Other prompts for what is to be forgotten. Raises RecipeError for ones of anything else, and for prompts that are no other
+    ones."""
+    images, key = recipe.evaluation.images, "evaluation.images.paraphrases"
+    if not images.paraphrases:
+        return []
+    if images.classifier is None or images.axis is None:
+        raise RecipeError(f"{key}: name the `classifier` that judges them and the `axis` that these are values of.")
+    known = list(dict.fromkeys(row[images.axis] for row in whole["forget"] if row.get(images.axis) is not None))
+    for name in images.paraphrases:
+        if name not in known:
+            raise RecipeError(
+                f"{key}: {name!r} is no {images.axis} that is to be forgotten; {one_of(known) if known else 'none is'}."
+            )
+    rows = paraphrased(images.axis, images.paraphrases)
+    used = {row.get("caption") for step in steps for of_role in step.roles.values() for row in of_role}
+    used |= {row.get("caption") for of_group in whole.values() for row in of_group}
+    if same := [row["caption"] for row in rows if row["caption"] in used]:
+        raise RecipeError(f"{key}: {same[0]!r} is a prompt of the data, and not another one. Take it out.")
+    return rows
 
 
 def _rows(recipe: Recipe, name: str) -> list[Example]:

@@ -17,6 +17,7 @@ from hf_clmul.data.sources import Example, content, load_examples, select, shown
 from hf_clmul.errors import RecipeError
 from hf_clmul.hashes import digest
 from hf_clmul.objectives import BESIDE, TERMS
+from hf_clmul.plan import retained
 from hf_clmul.recipe.schema import Learn, Recipe, Unlearn, Unlearning
 from hf_clmul.recipe.streams import BASE, OF_BASE, STREAM
 from hf_clmul.report.claims import APPROXIMATE, EXACT_BY_DELETION, EXACT_BY_RETRAINING, FILTER
@@ -49,7 +50,7 @@ class Step:
 
     After it, `stack` are the adapters that tasks share, `own` those of each isolated task that is left, `memory` what is
     remembered of each task, and `gone` what is unlearned, by content, with the request that did it. `removed` are adapters
-    that it deletes.
+    that it deletes. `retains` says what the role retain is made of where the request leaves that open.
     """
 
     index: int
@@ -63,6 +64,7 @@ class Step:
     removed: tuple[str, ...] = ()
     memory: Mapping[str, list[Example]] = field(default_factory=dict)
     gone: Mapping[str, str] = field(default_factory=dict)
+    retains: str = ""
 
     @property
     def kind(self) -> str:
@@ -169,21 +171,26 @@ class _Stream:
             return
         self._forgotten(request, forget)
         unlearning = self.recipe.unlearning
-        roles = {
-            "forget": forget,
-            "retain": self._to_retain(i, request, forget) if _looks_at_retain(unlearning) else [],
-            "memory": _flat(self._memory()) if unlearning.memory else [],
-        }
+        retain = self._to_retain(i, request, forget) if _looks_at_retain(unlearning) else []
+        memory, retains = _flat(self._memory()) if unlearning.memory else [], ""
+        if _looks_at_retain(unlearning) and not retain and retained.is_data_free(self.recipe, request):
+            retain = retained.known_prompts(self.recipe, request)
+            if not retain and not memory and (unlearning.retain or unlearning.protect is not None):
+                raise retained.nothing_known(i)
+            retains = retained.told(retain) if retain else ""
+        roles = {"forget": forget, "retain": retain, "memory": memory}
         self._check_left(request, i, forget)
         own = f"{OF_BASE}{request.name}" if request.from_task == BASE else request.from_task
         how = FILTER if request.filter else APPROXIMATE
-        self._add(i, name, request, roles, [self._shared_job(label, roles, i, self._shared_adapter(own))], how)
+        jobs = [self._shared_job(label, roles, i, self._shared_adapter(own))]
+        self._add(i, name, request, roles, jobs, how, retains=retains)
 
     # ---- what they need ------------------------------------------------------------------------------------------
 
     def _add(
-        self, i: int, name: str, request: Any, roles: Roles, jobs: Sequence[Job], how: str, removed: Sequence[str] = ()
-    ) -> None:
+        self, i: int, name: str, request: Any, roles: Roles, jobs: Sequence[Job], how: str, removed: Sequence[str] = (),
+        retains: str = "",
+    ) -> None:  # fmt: skip
         filled = {role: rows for role, rows in roles.items() if rows}
         own = {
             name: tuple(task.adapter(name, part) for part in task.parts)
@@ -193,7 +200,7 @@ class _Stream:
         self.steps.append(
             Step(
                 i, name, request, filled, tuple(jobs), how, tuple(self.stack), own, tuple(removed), self._memory(),
-                dict(self.gone),
+                dict(self.gone), retains,
             )
         )  # fmt: skip
 

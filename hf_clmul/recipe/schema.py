@@ -203,11 +203,19 @@ class Images(Section):
         None,
         description="builtin:coloured_digits, or a Hub id or folder of an image classifier; null: nothing is judged",
     )
+    clip: str | None = Field(
+        None, min_length=1, description="Hub id or folder of a CLIP that scores how well pictures go with their prompts"
+    )
     axis: str | None = Field(
         None, description="the column of what is to be forgotten, such as digit: UA, IRA and CRA are by it"
     )
-    near: list[str] = Field(
-        [], description="values of that column which are near neighbours of what is to be forgotten"
+    near: list[str] | None = Field(
+        None,
+        description="values of that column which are near neighbours of what is to be forgotten; null: the two whose text "
+        "is most like it to the model",
+    )
+    paraphrases: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(
+        {}, description="{value of that column: other prompts for it}: UA under these, which nothing is trained on"
     )
     per_prompt: Count = Field(
         8, description="pictures of each prompt; picture i of all prompts begins with the same noise"

@@ -13,6 +13,7 @@ from hf_clmul.recipe.problems import Key, Place, Problems, suggestion
 from hf_clmul.recipe.tree import Tree, parse_yaml
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+REFERENCE: Key = ("evaluation", "reference")
 BUILTIN_LABEL = "built-in recipe "
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>[^@]+)(?:@(?P<late>[^/@]+))?")
 _NOT_RECIPES = ("accelerate",)  # launch configurations lie beside the recipes
@@ -136,7 +137,7 @@ def is_local_data(path: str, folder: Path | None) -> bool:
 def is_local_model(path: str, folder: Path | None) -> bool:
     """Whether it is a file or a folder and no Hub id: `name` and `owner/name` may be either, and a folder below that of
     the recipe comes first."""
-    if not path or path.startswith("package:"):
+    if not path or path.startswith(("package:", "builtin:")):
         return False
     return _is_explicit(path) or path.lower().endswith(".gguf") or (folder is not None and (folder / path).is_dir())
 
@@ -151,11 +152,12 @@ def local_keys(tree: Tree) -> Iterator[Key]:
         path = tree.get("data", name, "path")
         if isinstance(path, str) and is_local_data(path, tree.place("data", name, "path").folder):
             yield ("data", name, "path")
-    folder = tree.place("model", "path").folder
-    if isinstance(path := tree.get("model", "path"), str) and is_local_model(path, folder):
-        yield ("model", "path")
+    models: tuple[Key, ...] = (("model", "path"), *(("evaluation", "images", name) for name in ("classifier", "clip")))
+    for key in models:
+        if isinstance(path := tree.get(*key), str) and is_local_model(path, tree.place(*key).folder):
+            yield key
     if isinstance(tree.get("evaluation", "reference"), str):
-        yield ("evaluation", "reference")
+        yield REFERENCE
 
 
 def resolve_paths(tree: Tree, problems: Problems) -> dict[Key, str]:
@@ -190,7 +192,7 @@ def resolve_paths(tree: Tree, problems: Problems) -> dict[Key, str]:
 
 def _check_exists(absolute: str, path: str, place: Place, key: Key, problems: Problems) -> None:
     is_data = key[0] == "data" and not os.path.isdir(absolute)
-    is_file = key[0] == "evaluation" or (is_data and absolute.lower().endswith(DATA_ENDINGS))
+    is_file = key == REFERENCE or (is_data and absolute.lower().endswith(DATA_ENDINGS))
     if not os.path.exists(absolute):
         problems.add(
             place,
@@ -201,7 +203,7 @@ def _check_exists(absolute: str, path: str, place: Place, key: Key, problems: Pr
         )
     elif is_data and not absolute.lower().endswith(DATA_ENDINGS):
         problems.add(place, key, "", f"a folder, or a file ending in {', '.join(DATA_ENDINGS)}", f"'{path}'")
-    elif key[0] == "evaluation" and not os.path.isfile(absolute):
+    elif key == REFERENCE and not os.path.isfile(absolute):
         problems.add(place, key, "", "a file", f"the folder '{path}'")
 
 

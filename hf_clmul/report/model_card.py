@@ -69,6 +69,7 @@ def model_card(results: Mapping[str, Any], recipe_text: str, kind: Kind, base_mo
         meanings=MEANINGS,
         summary=summary(results),
         unlearned=has_unlearned(results),
+        pictures=family == "diffusion",
         checks=checks(results),
         tables=group_tables(results),
         citations=citations(recipe),

@@ -14,6 +14,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     FORGET: ("Forget", "what is to be forgotten"),
     RETAIN: ("Retain", "what was learned and has to stay"),
     HELD_OUT: ("Held out", "never trained on"),
+    "paraphrased": ("Paraphrased", "what is to be forgotten, asked for in words that nothing was trained on"),
 }
 
 # (label, meaning)
@@ -30,13 +31,21 @@ METRICS: dict[str, tuple[str, str]] = {
         "UA",
         "unlearning accuracy: share of the pictures in which what is to be forgotten is not seen",
     ),
+    "worst_unlearning_accuracy": (
+        "UA, worst prompt",
+        "lowest UA under one paraphrase of a concept, mean over concepts",
+    ),
     "near_retain_accuracy": ("IRA near", "retain accuracy on near neighbours of what is to be forgotten"),
     "far_retain_accuracy": ("IRA far", "retain accuracy on all else of the same kind"),
     "cross_retain_accuracy": ("CRA", "retain accuracy on what is of another kind"),
+    "clip_score": (
+        "CLIP score",
+        "how well the pictures go with their prompts, 0 to 100, by the CLIP that the recipe names",
+    ),
     "frechet_distance": ("Fréchet distance", "to the pictures before the first request, by the classifier's features"),
 }
 _ACCURACY = "_accuracy"
-_PROPER = ("ROUGE-L", "UA", "IRA", "CRA", "Fréchet")  # first words that stay as they are inside a sentence
+_PROPER = ("ROUGE-L", "UA", "IRA", "CRA", "CLIP", "Fréchet")  # first words that stay as they are inside a sentence
 _FORGET_TRUTH_RATIO = "is 1 if it cannot tell the truth from wrong answers"
 
 

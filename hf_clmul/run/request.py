@@ -94,7 +94,8 @@ def try_first(run: Run) -> None:
     whose pictures the model has yet to draw, all but these. Raises RecipeError."""
     if run.recipe.family != "diffusion":
         return
-    run.loaded.check_judge(list(run.evaluated.rows.values()))
+    rows = run.evaluated.rows
+    run.loaded.check_judge(list(rows.values()), [rows[text] for text in run.evaluated.groups.get("forget", ())])
     if any(data.path == GENERATED for data in run.recipe.data.values()):
         with run.loaded.family(None).encoder.before_drawing():
             prepare(run)
@@ -180,6 +181,8 @@ def carry_out(run: Run, step: Step) -> dict[str, Any] | None:
 
 def _begin(run: Run, step: Step) -> None:
     """Records the settings and the data."""
+    if step.retains:
+        log.info("request %s: %s", step.name, step.retains)
     run.ledger.check(step)
     run.folder.start(run.recipe, run.steps, step)
     run.ledger.starting(step)

@@ -77,8 +77,13 @@ def shared(results: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     model = recipe.written.get(("model", "path"), results["model"]["path"])
     # A path may stand inside an argument, as in `data.notes.path=/...`; one in an address (hf://...) is none.
     words = [re.sub(r"(?<![\w.:/~-])~?/(?:[^/,{}\[\]]+/)*", "", word) for word in shlex.split(results["command"])]
+    judged = {
+        name: recipe.written.get(("evaluation", "images", name), value)
+        for name, value in results.get("judged", {}).items()
+    }
     return {
         **results,
+        **({"judged": judged} if judged else {}),
         "source": results["source"] and shared_path(results["source"]),
         "command": shlex.join(words),
         "model": {**results["model"], "path": shared_path(model)},

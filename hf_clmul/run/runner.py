@@ -25,6 +25,7 @@ from hf_clmul.ledger.receipt import receipt
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.columns import evaluated, groups, shown, texts
+from hf_clmul.plan.notes import notes
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import dump_recipe
 from hf_clmul.recipe.schema import Images, Recipe, Unlearn
@@ -86,7 +87,10 @@ def plan_recipe(recipe: Recipe) -> list[dict[str, Any]]:
     with quiet_libraries():
         steps = plan_steps(recipe)
         _wanted(recipe, steps)
-        return estimate(recipe, steps, texts(groups(recipe, shown(recipe, steps))))
+        whole = groups(recipe, shown(recipe, steps))
+        chosen = evaluated(recipe, shown(recipe, steps), whole)
+        entries = estimate(recipe, steps, texts(whole))
+        return [{**entry, "notes": notes(recipe, step, chosen)} for entry, step in zip(entries, steps, strict=True)]
 
 
 def _execute(run: Run, began: float) -> None:
@@ -102,7 +106,15 @@ def _execute(run: Run, began: float) -> None:
         about = {"versions": versions(run.recipe.family), "hardware": hardware(run.state.device.type, processes)}
         run.ledger.begun(run.recipe_sha256, base, processes, **about)
     carried.read_targets(run)
-    first = {"title": "before learning", "seconds": 0.0, "steps": 0, "examples": {}, "how": "", "log": None, **base}
+    first = {
+        "title": f"before {run.steps[0].kind}ing",
+        "seconds": 0.0,
+        "steps": 0,
+        "examples": {},
+        "how": "",
+        "log": None,
+        **base,
+    }
     measure_stage(run, None, {"stage": "base", "kind": "base", **first})
     _write_record(run, "running", began)
     for step in run.steps:
@@ -112,6 +124,7 @@ def _execute(run: Run, began: float) -> None:
             stage = {
                 "stage": step.name, "kind": step.kind, "title": step.title, "how": step.how,
                 "examples": {role: len(rows) for role, rows in step.roles.items()},
+                **({"retains": step.retains} if step.retains else {}),
                 "log": log_file.as_posix() if any(not job.part for job in step.jobs) else None, **trained,
             }  # fmt: skip
             measure_stage(run, step, stage)
@@ -187,8 +200,9 @@ def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     now = {column.name: run.evaluated.digest(column) for column in run.evaluated.columns}
     like = [{**s, "tasks": {c: t for c, t in s["tasks"].items() if t["rows"] == now.get(c)}} for s in stages]
     stream = stream_record(like, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
+    judged = {"judged": run.loaded.judged} if run.loaded.judged else {}
     return {
-        **whole, "stream": {**stream, "metrics": stream_metrics(stream)}, "ledger": ledger.head(run.folder.ledger)
+        **whole, **judged, "stream": {**stream, "metrics": stream_metrics(stream)}, "ledger": ledger.head(run.folder.ledger)
     }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def check_near(images: "Images", classes: Mapping[str, Sequence[str]]) -> None:
     """Raises RecipeError for a near neighbour that is none of the classifier's classes, or of no axis."""
     if images.near and images.axis is None:
         raise RecipeError("evaluation.images.near: near to what? Give `axis`, the column that these are values of.")
-    for name in images.near:
+    for name in images.near or ():
         if name not in classes[images.axis]:
             meant = suggestion(name, classes[images.axis])
             known = one_of(classes[images.axis]).removeprefix("one of ")

@@ -3,7 +3,7 @@
 It knows pipelines and classifiers by what they can do; nothing of requests or training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from hf_clmul.errors import RecipeError
 from hf_clmul.evaluation.images.borrowed import evaluating
-from hf_clmul.evaluation.images.distances import frechet_distance
-from hf_clmul.evaluation.images.metrics import Share, Target, accuracies, measure_target
 from hf_clmul.evaluation.images.prompts import packed, thumbnail
 from hf_clmul.evaluation.images.sampling import sample
 
@@ -33,6 +31,13 @@ class Classifier(Protocol):
         """[B, F] for the Frechet distance."""
 
 
+class Scorer(Protocol):
+    """What tells how well pictures go with their prompts."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], batch_size: int) -> list[float]:
+        """A score of each of the images [N, 3, H, W] in [0, 1] with its own prompt."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are made: the seeds of every prompt, steps of the scheduler, guidance scale, images in a batch."""
@@ -48,19 +53,21 @@ class Sampling:
 @dataclass(frozen=True)
 class Seen:
     """`samples`: the rows of `metrics`, with the prompt's "caption", prompts in order and in each its seeds in order.
-    `features` [P * S, F]: of the same images in the same order, float32. `shown`: for each prompt its first pictures, as text
-    (see `prompts.thumbnail`)."""
+    `features` [P * S, F]: of the same images in the same order, float32. `scores` of a CLIP, in that order too. `shown`: for
+    each prompt its first pictures, as text (see `prompts.thumbnail`)."""
 
     samples: list[dict[str, Any]]
     features: Tensor
+    scores: list[float] = field(default_factory=list)
     shown: list[list[str]] = field(default_factory=list)
 
 
 def see(
-    pipeline: Any, prompts: Sequence[Prompt], classifier: Classifier, how: Sampling, title: str = "sampling",
-    shown: int = 0,
+    pipeline: Any, prompts: Sequence[Prompt], classifier: Classifier | None, how: Sampling, title: str = "sampling",
+    shown: int = 0, clip: Scorer | None = None,
 ) -> Seen:  # fmt: skip
-    """What the classifier sees of each prompt and seed, complete on every rank; each rank samples its share of prompts.
+    """What the classifier, if there is one, sees of each prompt and seed, and how a CLIP, if there is one, scores it, complete on
+    every rank; each rank samples its share of prompts.
 
     A prompt is {"id", "caption", and a column for each axis that it fixes}; a "class_label" takes the place of the
     caption for pipelines of class labels, and the caption is None where a pipeline takes nothing. The classifier is
@@ -70,49 +77,56 @@ def see(
     """
     if not prompts:
         raise RecipeError("evaluation: there are no prompts, so there is nothing to sample")
-    labels = [labels_of(prompt, classifier.CLASSES) for prompt in prompts]  # all ranks know of a bad one
-    state = PartialState()
+    # all ranks know of a bad one
+    labels = [{} if classifier is None else labels_of(prompt, classifier.CLASSES) for prompt in prompts]
+    state, count = PartialState(), len(how.seeds)
     mine = range(state.process_index, len(prompts), state.num_processes)
-    found: list[tuple[int, list[dict[str, Any]], list[list[float]], list[str]]] = []
+    found: list[tuple[int, list[dict[str, Any]], list[list[float]], list[float], list[str]]] = []
     if mine:
         conditions = [prompts[i].get("class_label", prompts[i]["caption"]) for i in mine]
         images = sample(
             pipeline, conditions, how.seeds, how.steps, how.guidance, how.batch_size, how.height, how.width, title
         )
-        predicted, features = judge(images.flatten(0, 1), classifier, how.batch_size)
+        flat = images.flatten(0, 1)
+        captions = [prompts[i]["caption"] for i in mine for _ in how.seeds]
+        predicted, features = judge(flat, classifier, how.batch_size) if classifier else ([], torch.zeros(len(flat), 0))
+        scores = clip(flat, captions, how.batch_size) if clip else []
         for at, i in enumerate(mine):
-            share = slice(at * len(how.seeds), (at + 1) * len(how.seeds))
+            share = slice(at * count, (at + 1) * count)
             rows = [
                 {"prompt": prompts[i]["id"], "caption": prompts[i]["caption"], "seed": seed, "labels": labels[i],
                  "predicted": seen} for seed, seen in zip(how.seeds, predicted[share], strict=True)
-            ]  # fmt: skip
-            found.append((i, rows, features[share].tolist(), [thumbnail(one) for one in images[at, :shown]]))
+            ] if classifier else []  # fmt: skip
+            few = [thumbnail(one) for one in images[at, :shown]]
+            found.append((i, rows, features[share].tolist(), scores[share], few))
     complete = sorted(gather_object(found), key=lambda of_prompt: of_prompt[0])
     return Seen(
-        samples=[row for _, rows, _, _ in complete for row in rows],
-        features=torch.tensor([of_image for _, _, of_prompt, _ in complete for of_image in of_prompt]),
-        shown=[of_prompt for _, _, _, of_prompt in complete],
+        samples=[row for _, rows, *_ in complete for row in rows],
+        features=torch.tensor([of_image for _, _, of_prompt, *_ in complete for of_image in of_prompt]),
+        scores=[score for *_, of_prompt, _ in complete for score in of_prompt],
+        shown=[of_prompt for *_, of_prompt in complete],
     )
 
 
 def picture_rows(
-    pipeline: Any, prompts: Sequence[Prompt], classifier: Classifier | None, how: Sampling, title: str, shown: int
-) -> list[dict[str, Any]]:
+    pipeline: Any, prompts: Sequence[Prompt], classifier: Classifier | None, how: Sampling, title: str, shown: int,
+    clip: Scorer | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each prompt: its own columns, the `labels` that it fixes, what is `predicted` of each picture, their `features`
-    packed, and the first `pictures`. Without a classifier only the pictures that are shown are made."""
-    if classifier is None:
-        asked = [p.get("class_label", p["caption"]) for p in prompts]
-        images = sample(pipeline, asked, how.seeds[:shown], how.steps, how.guidance, how.batch_size,
-                        how.height, how.width, title)  # fmt: skip
-        return [{**p, "labels": {}, "predicted": [], "features": "", "pictures": [thumbnail(one) for one in images[i]]}
-                for i, p in enumerate(prompts)]  # fmt: skip
-    seen, count = see(pipeline, prompts, classifier, how, title, shown), len(how.seeds)
+    packed, their `clip_scores` where there is a CLIP, and the first `pictures`. Where nobody judges or scores, only the
+    pictures that are shown are made."""
+    if classifier is None and clip is None:
+        how = replace(how, seeds=how.seeds[:shown])
+    seen, count = see(pipeline, prompts, classifier, how, title, shown, clip), len(how.seeds)
     rows = []
     for i, prompt in enumerate(prompts):
-        own = seen.samples[i * count : (i + 1) * count]
-        features = packed(seen.features[i * count : (i + 1) * count])
-        rows.append({**prompt, "labels": own[0]["labels"], "predicted": [one["predicted"] for one in own], "features": features,
-                     "pictures": seen.shown[i]})  # fmt: skip
+        share = slice(i * count, (i + 1) * count)
+        own = seen.samples[share]
+        row = {**prompt, "labels": own[0]["labels"] if own else {}, "predicted": [one["predicted"] for one in own],
+               "features": packed(seen.features[share]) if own else ""}  # fmt: skip
+        if clip is not None:
+            row["clip_scores"] = [round(score, 4) for score in seen.scores[share]]
+        rows.append({**row, "pictures": seen.shown[i]})
     return rows
 
 
@@ -149,42 +163,6 @@ def judge(images: Tensor, classifier: Classifier, batch_size: int) -> tuple[list
             predicted += [{axis: of_axis[i] for axis, of_axis in names.items()} for i in range(len(some))]
             features.append(classifier.features(some).float().cpu())
     return predicted, torch.cat(features)
-
-
-def summary(seen: Seen, target: Target | None = None, reference: Tensor | None = None) -> dict[str, Any]:
-    """The record of a stage: {"examples", "metrics", "counts", "absent", "concepts"}.
-
-    "metrics" has {name: value or None}, "counts" how many judgements (or features) each rests on, "absent" why one is
-    None, "concepts" {axis: {concept: accuracy}}. `reference` [M, F] are features of real images or of the unmodified
-    model's; the target's samples are left out on our side, so leave them out there too.
-    """
-    shares = measure_target(seen.samples, target) if target else {}
-    shares["frechet_distance"] = _distance(seen, target, reference)
-    return {
-        "examples": len(seen.samples),
-        "metrics": {name: share.value for name, share in shares.items()},
-        "counts": {name: share.count for name, share in shares.items()},
-        "absent": {name: share.reason for name, share in shares.items() if share.value is None},
-        "concepts": {
-            axis: {name: share.value for name, share in of_axis.items()}
-            for axis, of_axis in accuracies(seen.samples).items()
-        },
-    }
-
-
-def features_without(seen: Seen, target: Target | None) -> Tensor:
-    """[N, F]: the features of the samples that do not ask for the target."""
-    keep = [target is None or row["labels"].get(target.axis) not in target.names for row in seen.samples]
-    return seen.features[torch.tensor(keep, dtype=torch.bool)]
-
-
-def _distance(seen: Seen, target: Target | None, reference: Tensor | None) -> Share:
-    ours = features_without(seen, target)
-    if reference is None:
-        return Share(None, 0, "no features to compare with were given")
-    if min(len(ours), len(reference)) < 2:
-        return Share(None, len(ours), f"two samples are needed on each side, found {len(ours)} and {len(reference)}")
-    return Share(frechet_distance(ours, reference), len(ours))
 
 
 def _device(classifier: Classifier) -> torch.device:

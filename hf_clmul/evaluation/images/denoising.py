@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from hf_clmul.errors import RunError
+from hf_clmul.evaluation.images.borrowed import is_main
 
 Conditioning = dict[str, Tensor]
 
@@ -106,6 +108,50 @@ def finite(loss: Tensor | float, attack: str, step: int) -> float:
     if not math.isfinite(value):
         raise RunError(f"{attack}: the loss is {value} at step {step}. Choose a smaller learning rate or float32.")
     return value
+
+
+@dataclass(frozen=True)
+class Descended:
+    """The loss on fixed draws before and after, and at each step on its own draws."""
+
+    before: float
+    after: float
+    losses: list[float]
+
+
+def descend(
+    attack: str,
+    loss_of: Callable[[Draws], Tensor],
+    trained: Sequence[Tensor],
+    clean: Tensor,
+    generator: torch.Generator,
+    how: Descent,
+) -> Descended:
+    """Adam without weight decay, in place, on what an attack trains. `loss_of` gives the losses [B] of draws.
+
+    Raises RunError where no gradient reaches what is trained, and for a loss that is no number.
+    """
+    fixed, optimizer, found = probe(generator, clean), torch.optim.Adam(trained, lr=how.learning_rate), []
+    with torch.enable_grad():
+        before = finite(mean_loss(loss_of, fixed, how.batch_size), attack, 0)
+        for step in tqdm(range(how.steps), desc=attack, leave=False, disable=not is_main()):
+            loss = loss_of(draw(generator, clean, how.batch_size)).mean()
+            found.append(finite(loss, attack, step))
+            # Not backward(): what an attack does not train must get no gradient, whether it asks for one or not.
+            for tensor, gradient in zip(trained, _gradients(loss, trained, attack), strict=True):
+                tensor.grad = gradient
+            optimizer.step()
+        after = finite(mean_loss(loss_of, fixed, how.batch_size), attack, how.steps)
+    optimizer.zero_grad(set_to_none=True)
+    return Descended(before, after, found)
+
+
+def _gradients(loss: Tensor, trained: Sequence[Tensor], attack: str) -> tuple[Tensor | None, ...]:
+    """None for what the network makes no use of, such as one of several text encoders."""
+    found = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else (None,)
+    if all(gradient is None for gradient in found):
+        raise RunError(f"{attack}: no gradient of the loss reaches what is to be trained")
+    return found
 
 
 def chosen(conditioning: Conditioning, images: Tensor) -> Conditioning:

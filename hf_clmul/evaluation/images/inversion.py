@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.evaluation.images.borrowed import evaluating, is_main, modules_of
+from hf_clmul.errors import RecipeError
+from hf_clmul.evaluation.images.borrowed import evaluating, modules_of
 from hf_clmul.evaluation.images.denoising import (
     Architecture,
     Descent,
     Draws,
     Noising,
     clean_latents,
-    draw,
-    finite,
+    descend,
     losses,
-    mean_loss,
     one_prompt_each,
-    probe,
 )
 from hf_clmul.evaluation.images.new_token import PLACEHOLDER, check_prompts, initial_embeddings, with_token
 
@@ -89,34 +85,15 @@ def invert(
     encode = inspect.unwrap(architecture.encode_prompts)
     model = getattr(pipeline, architecture.component)
     embeddings = initial_embeddings(pipeline, initial)
-    vectors = list(embeddings.values())
-    optimizer = torch.optim.Adam(vectors, lr=how.learning_rate)
-    found: list[float] = []
-    with with_token(pipeline, embeddings, initial), evaluating(modules_of(pipeline)), torch.enable_grad():
+    with with_token(pipeline, embeddings, initial), evaluating(modules_of(pipeline)):
         check_prompts(pipeline, prompts)
         clean = clean_latents(pipeline, architecture, pixels)
-        fixed = probe(generator, clean)
 
         def loss_of(draws: Draws) -> Tensor:
             conditioning = encode(pipeline, [prompts[i] for i in draws.images.tolist()])
             return losses(model, architecture, noising, clean, draws, conditioning)
 
-        before = finite(mean_loss(loss_of, fixed, how.batch_size), "inversion", 0)
-        for step in tqdm(range(how.steps), desc="inversion", leave=False, disable=not is_main()):
-            loss = loss_of(draw(generator, clean, how.batch_size)).mean()
-            found.append(finite(loss, "inversion", step))
-            # Not backward(): the model's own parameters must get no gradient, whether they ask for one or not.
-            for vector, gradient in zip(vectors, _gradients(loss, vectors), strict=True):
-                vector.grad = gradient
-            optimizer.step()
-        after = finite(mean_loss(loss_of, fixed, how.batch_size), "inversion", how.steps)
+        done = descend("inversion", loss_of, list(embeddings.values()), clean, generator, how)
     kept = {name: vector.detach() for name, vector in embeddings.items()}
-    return Inversion(kept, initial, before, after, found, how.steps, time.perf_counter() - started)
-
-
-def _gradients(loss: Tensor, vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """A text encoder that the network makes no use of gives None."""
-    found = torch.autograd.grad(loss, vectors, allow_unused=True) if loss.requires_grad else (None,)
-    if all(gradient is None for gradient in found):
-        raise RunError("inversion: the encoding of prompts lets no gradient through to the new token")
-    return found
+    seconds = time.perf_counter() - started
+    return Inversion(kept, initial, done.before, done.after, done.losses, how.steps, seconds)

@@ -39,19 +39,23 @@ class Target:
     near: Collection[str] = ()
 
 
-def accuracies(samples: Sequence[Sample]) -> dict[str, dict[str, Share]]:
-    """{axis: {concept: share of its samples that are judged right}}, for all concepts that a prompt asks for."""
-    found: dict[str, dict[str, list[bool]]] = {}
-    for sample in samples:
-        for axis, name in sample["labels"].items():
-            found.setdefault(axis, {}).setdefault(name, []).append(_right(sample, axis))
-    return {axis: {name: _share(right, "") for name, right in of_axis.items()} for axis, of_axis in found.items()}
-
-
 def unlearning_accuracy(samples: Sequence[Sample], target: Target) -> Share:
     """UA: share of the target's samples on which its axis is judged as something else; 1 is forgotten."""
     wrong = [not _right(sample, target.axis) for sample in samples if _asks_for(sample, target.axis, target.names)]
     return _share(wrong, f"no prompt asks for {_listed(target.names)} on the axis {target.axis}")
+
+
+def worst_unlearning_accuracy(samples: Sequence[Sample], target: Target) -> Share:
+    """UA of each concept under the one of its prompts where it is lowest, the mean over concepts, which are counted."""
+    by_prompt: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        if _asks_for(sample, target.axis, target.names):
+            by_prompt.setdefault(sample["labels"][target.axis], {}).setdefault(sample["prompt"], []).append(sample)
+    lowest = [
+        min(unlearning_accuracy(of_prompt, target).value for of_prompt in of_concept.values())
+        for of_concept in by_prompt.values()
+    ]
+    return _share(lowest, f"no prompt asks for {_listed(target.names)} on the axis {target.axis}")
 
 
 def near_retain_accuracy(samples: Sequence[Sample], target: Target) -> Share:
@@ -107,7 +111,7 @@ def _asks_for(sample: Sample, axis: str, names: Collection[str]) -> bool:
     return axis in sample["labels"] and sample["labels"][axis] in names
 
 
-def _share(judged: Sequence[bool], otherwise: str) -> Share:
+def _share(judged: Sequence[float], otherwise: str) -> Share:
     return Share(sum(judged) / len(judged), len(judged)) if judged else Share(None, 0, otherwise)
 
 

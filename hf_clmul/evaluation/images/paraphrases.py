@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from hf_clmul.errors import RecipeError
 
+GROUP = "paraphrased"
+"""The group of a results record."""
+
 
 def paraphrased(axis: str, texts: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """Prompt rows for the suite `concepts` of {concept: its other prompts}; they fix the concept on this axis and no other.

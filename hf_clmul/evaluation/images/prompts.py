@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_clmul.errors import RecipeError
 from hf_clmul.evaluation.images.distances import frechet_distance
-from hf_clmul.evaluation.images.metrics import Target, measure_target
+from hf_clmul.evaluation.images.metrics import Target, measure_target, unlearning_accuracy, worst_unlearning_accuracy
+from hf_clmul.evaluation.images.paraphrases import GROUP as PARAPHRASED
 
 Row = dict[str, Any]
 LARGEST = 128
@@ -85,14 +86,21 @@ def aggregate(
     """The metrics of a group. `forgotten` are the rows of what is to be forgotten, `axis` the column that this is of, `near`
     values there that lie close to it, `first` the group's rows before the first request.
 
-    "forget" has UA, other groups IRA near and far and CRA (see `metrics`); all have the share of each axis that is judged
-    right, and the Frechet distance of the classifier's features to those before the first request.
+    "forget" has UA, other groups IRA near and far and CRA (see `metrics`), paraphrases UA in all and under the worst prompt of each
+    concept; all have the share of each axis that is judged
+    right, the Frechet distance of the classifier's features to those before the first request, and, where a CLIP scored the
+    pictures, the mean of its scores.
     """
     found: dict[str, float | None] = {"prompt_accuracy": prompt_accuracy(rows)}
     judged = samples(rows)
     for name in dict.fromkeys(axis for one in judged for axis in one["labels"]):
         right = [one["predicted"][name] == one["labels"][name] for one in judged if name in one["labels"]]
         found[f"{name}_accuracy"] = sum(right) / len(right)
+    if group == PARAPHRASED:
+        target = Target(axis, tuple(dict.fromkeys(row["labels"][axis] for row in rows)))
+        found["unlearning_accuracy"] = unlearning_accuracy(judged, target).value
+        found["worst_unlearning_accuracy"] = worst_unlearning_accuracy(judged, target).value
+        forgotten = ()
     names = [row["labels"][axis] for row in forgotten if axis in row["labels"]] if axis is not None else []
     if names:
         # A kept prompt may share the value, as "a blue seven" where only red ones go: of kept prompts all count.
@@ -103,7 +111,8 @@ def aggregate(
         )
         found |= {name: shares[name].value for name in of_group}
     found["frechet_distance"] = _distance(rows, first)
-    return found
+    scores = [score for row in rows for score in row.get("clip_scores", ())]
+    return found | ({"clip_score": sum(scores) / len(scores)} if scores else {})
 
 
 def _distance(rows: Sequence[Row], first: Sequence[Row]) -> float | None:

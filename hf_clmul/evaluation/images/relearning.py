@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.images.borrowed import evaluating, exchanged, is_main, modules_of
+from hf_clmul.evaluation.images.borrowed import evaluating, exchanged, modules_of
 from hf_clmul.evaluation.images.denoising import (
     Architecture,
     Descent,
@@ -22,12 +21,9 @@ from hf_clmul.evaluation.images.denoising import (
     Noising,
     chosen,
     clean_latents,
-    draw,
-    finite,
+    descend,
     losses,
-    mean_loss,
     one_prompt_each,
-    probe,
 )
 
 
@@ -74,25 +70,15 @@ def relearn(
     with evaluating(modules_of(pipeline)), torch.no_grad():
         clean = clean_latents(pipeline, architecture, pixels)
         conditioning = architecture.encode_prompts(pipeline, list(prompts))
-    fixed = probe(generator, clean)
-    optimizer = torch.optim.Adam(parameters, lr=how.learning_rate)
-    found: list[float] = []
 
     def loss_of(draws: Draws) -> Tensor:
         told = chosen(conditioning, draws.images)
         return losses(denoiser, architecture, noising, clean, draws, told)
 
-    with evaluating(list(denoiser.modules())), torch.enable_grad():
-        before = finite(mean_loss(loss_of, fixed, how.batch_size), "relearning", 0)
-        for step in tqdm(range(how.steps), desc="relearning", leave=False, disable=not is_main()):
-            loss = loss_of(draw(generator, clean, how.batch_size)).mean()
-            found.append(finite(loss, "relearning", step))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        after = finite(mean_loss(loss_of, fixed, how.batch_size), "relearning", how.steps)
-    denoiser.zero_grad(set_to_none=True)
-    return Relearned(architecture.component, denoiser, before, after, found, how.steps, time.perf_counter() - started)
+    with evaluating(list(denoiser.modules())):
+        done = descend("relearning", loss_of, parameters, clean, generator, how)
+    seconds = time.perf_counter() - started
+    return Relearned(architecture.component, denoiser, done.before, done.after, done.losses, how.steps, seconds)
 
 
 def _attacked(denoiser: nn.Module, trained: str) -> list[nn.Parameter]:

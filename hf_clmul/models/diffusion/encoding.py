@@ -49,6 +49,15 @@ class Encoder:
         self._learn_prompts([text], "the prompt")
         return self._prompts[text]
 
+    def text_states(self, names: Sequence[str]) -> Tensor | None:
+        """[N, T, D]: what the text encoders make of names alone, such as those of classes; None where the pipeline has none."""
+        if "tokenizer" not in self.architecture.needs:
+            return None
+        texts = [name.replace("_", " ") for name in names]
+        with torch.no_grad():
+            found = [self.architecture.encode_prompts(self.pipeline, [text]) for text in texts]
+        return torch.cat([one["encoder_hidden_states"].float().cpu() for one in found])
+
     def encode(self, rows: Sequence[Mapping[str, Any]], what: str) -> list[Encoded]:
         """Encoded examples of rows with `image` and, where the model takes prompts, `caption`; encoded ones pass. Each
         has a seed for its noise that its place gives it; a training set gives others. Rows that have a caption alone

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.hashes import tensors_sha256
 from hf_clmul.models.diffusion.architectures import Architecture, architecture_of, named
 from hf_clmul.models.diffusion.noising import noising_of
 from hf_clmul.paths import atomic_folder
@@ -119,40 +118,6 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
                 config = json.loads(file.read_text(encoding="utf-8"))
                 plain = {key: value for key, value in config.items() if key not in _ORIGIN}
                 file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def pipeline_sha256(pipeline: Any) -> str:
-    """Hash over the names, shapes, types and bytes of all weights of all components, adapters among them."""
-    return tensors_sha256(
-        {
-            f"{name}.{key}": value
-            for name, part in _modules(pipeline).items()
-            for key, value in part.state_dict().items()
-        }
-    )
-
-
-@torch.no_grad()
-def probe(pipeline: Any) -> Tensor:
-    """The denoiser's raw output [1, C, h, w], float32, for a fixed noisy sample, time and prompt: to compare two pipelines."""
-    architecture = architecture_of(pipeline)
-    model: nn.Module = getattr(pipeline, architecture.component)
-    if architecture.name == "FluxPipeline":  # its tokens have no place that it was made for
-        shape = (1, model.config.in_channels // 4, 8, 8)
-    else:
-        size = model.config.sample_size
-        shape = (1, model.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    place = next(model.parameters()).device
-    noisy = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(place)
-    prompt = "a photograph" if "tokenizer" in architecture.needs else "0"
-    given = {key: value.to(place) for key, value in architecture.encode_prompts(pipeline, [prompt]).items()}
-    times = noising_of(pipeline.scheduler).times(torch.tensor([0.5])).to(place)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        return architecture.call(model.eval(), noisy, times, given).float()
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def checked_index(path: str, revision: str | None) -> tuple[Architecture, dict[str, Any]]:
