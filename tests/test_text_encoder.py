@@ -8,6 +8,7 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusion_bed import Draw, lora, make, rows, two_roles
+from pipeline_probe import probe
 from small_run import at_step, execute, in_process, outcome
 from test_picture_recipes import RECIPE
 from trainer_bed import Gradients, Nudge, Stop, distance, lines, nudge, same, weights
@@ -16,7 +17,7 @@ from transformers import CLIPTextModel
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.families.diffusion import DiffusionFamily
 from hf_clmul.models.diffusion.architectures import architecture_of
-from hf_clmul.models.diffusion.loading import load_pipeline, probe
+from hf_clmul.models.diffusion.loading import load_pipeline
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.run.runner import plan_recipe
 from hf_clmul.trainer import ClmulTrainer
