@@ -27,11 +27,11 @@ from hf_clmul.recipe.load import dump_recipe, load_recipe, recipe_schema
 PLAN = [
     {"request": "00-learn-people", "examples": {"learn": 96}, "steps": 84, "unit": "tokens", "tokens": 60000, "how": "training",
      "why": "a new task", "parts": [], "remembered": 0, "instead": None, "trainable_parameters": 1234567,
-     "memory_bytes": 3 * 2**30},
+     "memory_bytes": 3 * 2**30, "notes": []},
     {"request": "01-unlearn-two", "examples": {"forget": 16, "retain": 80}, "steps": 40, "unit": "tokens", "tokens": 9000,
      "how": "approximate", "why": "shared weights", "parts": [], "remembered": 0,
      "instead": {"trainings": ["people after 00-learn-people", "b after 01-learn-b"], "steps": 1084},
-     "trainable_parameters": None, "memory_bytes": None},
+     "trainable_parameters": None, "memory_bytes": None, "notes": ["near neighbours: up to 2 of one, nine"]},
 ]  # fmt: skip
 
 
