@@ -204,9 +204,10 @@ def test_plan_is_a_table(runs):
     assert cells(first) == ["00-learn-people", "96 learn", "84", "60,000", "1,234,567", "3.0 GiB"]
     second = next(line for line in lines if "01-unlearn-two" in line)
     assert cells(second)[1:] == ["16 forget, 80 retain", "40", "9,000", "-", "-"]
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "00-learn-people: training (a new task)",
         "01-unlearn-two: approximate (shared weights)",
+        "  near neighbours: up to 2 of one, nine",
         "  exact would be to train again, without these rows: people after 00-learn-people, b after 01-learn-b (1,084 steps)",
     ]
 
