@@ -27,11 +27,11 @@ from hf_clmul.recipe.load import dump_recipe, load_recipe, recipe_schema
 PLAN = [
     {"request": "00-learn-people", "examples": {"learn": 96}, "steps": 84, "unit": "tokens", "tokens": 60000, "how": "training",
      "why": "a new task", "parts": [], "remembered": 0, "instead": None, "trainable_parameters": 1234567,
-     "memory_bytes": 3 * 2**30},
+     "memory_bytes": 3 * 2**30, "notes": []},
     {"request": "01-unlearn-two", "examples": {"forget": 16, "retain": 80}, "steps": 40, "unit": "tokens", "tokens": 9000,
      "how": "approximate", "why": "shared weights", "parts": [], "remembered": 0,
      "instead": {"trainings": ["people after 00-learn-people", "b after 01-learn-b"], "steps": 1084},
-     "trainable_parameters": None, "memory_bytes": None},
+     "trainable_parameters": None, "memory_bytes": None, "notes": ["near neighbours: up to 2 of one, nine"]},
 ]  # fmt: skip
 
 
@@ -204,9 +204,10 @@ def test_plan_is_a_table(runs):
     assert cells(first) == ["00-learn-people", "96 learn", "84", "60,000", "1,234,567", "3.0 GiB"]
     second = next(line for line in lines if "01-unlearn-two" in line)
     assert cells(second)[1:] == ["16 forget, 80 retain", "40", "9,000", "-", "-"]
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "00-learn-people: training (a new task)",
         "01-unlearn-two: approximate (shared weights)",
+        "  near neighbours: up to 2 of one, nine",
         "  exact would be to train again, without these rows: people after 00-learn-people, b after 01-learn-b (1,084 steps)",
     ]
 
