@@ -201,6 +201,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench_digits"))
     parser.add_argument("--costs", action="store_true", help="what each method costs instead, one process each")
     parser.add_argument("--sequences", action="store_true", help="the recipes of four forgets instead")
+    parser.add_argument("--recipes", nargs="+", help="which of these")
     parser.add_argument("--report", action="store_true", help="only print the table of what is there")
     wanted = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -236,7 +237,9 @@ def run_costs(methods: list[str], path: Path) -> None:
 def run_sequences(wanted: argparse.Namespace) -> None:
     path = wanted.output / "sequences.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [name.removeprefix("digits/") for name in builtin_names() if name.startswith("digits/sequence")]
+    names = wanted.recipes or [
+        name.removeprefix("digits/") for name in builtin_names() if name.startswith("digits/sequence")
+    ]
     for seed in wanted.seeds if not wanted.report else ():
         for name in names:
             if not any((record["sequence"], record["seed"]) == (name, seed) for record in read(path)):
