@@ -123,7 +123,7 @@ def about_reference(recipe: Recipe) -> str | None:
                 return f"reference: trained already: {', '.join(map(str, found))}"
             jobs = [job for step in plan_steps(derived) for job in step.jobs]
     except NoReference as error:
-        return f"reference: {error}"
+        return str(error)
     steps = sum(optimizer_steps(job, derived.request_training(job.settings_of)) for job in jobs)
     return (
         f"reference: none is trained yet; `hf-clmul reference` trains the same model without what is forgotten, once: {steps:,} "
@@ -152,8 +152,8 @@ def _without(recipe: Recipe) -> tuple[Recipe, list[Example]]:
     requests = [request for request in requests if request is not None]
     if not requests:
         raise NoReference(
-            "there is no reference to train: all that is learned is forgotten, so that the reference is the model before the first request, "
-            "which the run measures as its stage `base`."
+            "there is no reference to train: all that is learned is forgotten, so that it would be the model before the first "
+            "request, which the run measures as its stage `base`."
         )
     used = {request.data for request in requests} | {recipe.evaluation.held_out} - {None}
     rows, most = _measured(recipe, steps, whole)
@@ -181,8 +181,8 @@ def _check_there_is_one(recipe: Recipe) -> None:
             )
     if recipe.family != "causal_lm":
         raise NoReference(
-            f"there is no reference: of a model of the family {recipe.family} it is not known what it could draw before the first request, "
-            f"so that leaving pictures out makes no model that never saw them. {NAME_FIGURES}"
+            f"there is no reference: it is not known what a {recipe.family} model could draw before the first request, so "
+            f"that leaving pictures out makes no model that never saw them. {NAME_FIGURES}"
         )
 
 
