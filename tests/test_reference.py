@@ -213,3 +213,30 @@ def test_contents_that_stay_are_not_excluded(tmp_path):
     steps = plan_steps(reference_recipe(recipe))
     whole = groups(recipe, plan_steps(recipe))
     assert {content(row) for step in steps for row in step.roles["learn"]} == {content(row) for row in whole["retain"]}
+
+
+def test_the_built_in_pipeline_has_one_that_was_made_without_the_class(tmp_path):
+    recipe = load_recipe("digits/quickstart", ["evaluation.max_examples=4"])
+    derived = reference_recipe(recipe)
+    assert derived.model.path == "builtin:coloured_digits/no-seven"
+    (request,) = derived.requests
+    assert (request.data, request.training) == ("others", {"max_steps": 1, "learning_rate": 0.0}), "a step of no length"
+    steps, own = (module.as_measured(each, plan_steps(each)) for each in (derived, recipe))
+    found, wanted = (
+        evaluated(each, some, groups(each, some)).groups for each, some in ((derived, steps), (recipe, own))
+    )
+    assert found == wanted and len(found["forget"]) == 4 and all("seven" in text for text in found["forget"])
+    (tmp_path / "again.yaml").write_text(dump_recipe(derived))
+    assert load_recipe(tmp_path / "again.yaml") == derived
+    other = load_recipe("digits/quickstart", ["evaluation.max_examples=4", "unlearning.training.max_steps=3"])
+    assert fingerprint(other) == fingerprint(recipe) != fingerprint(load_recipe("digits/quickstart"))
+    assert "makes builtin:coloured_digits/no-seven" in about_reference(recipe)
+
+
+def test_of_other_pictures_there_is_none():
+    for name, reason in (
+        ("digits/learn-and-forget", "could draw before"),
+        ("digits/sequence-plain", "cannot be repeated"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            reference_recipe(load_recipe(name))

@@ -14,16 +14,19 @@ from hf_clmul.data.encoding import example_format
 from hf_clmul.data.sources import Example, content, load_examples, select, shown
 from hf_clmul.errors import RecipeError
 from hf_clmul.hashes import digest, file_hash
+from hf_clmul.models.diffusion.sources import BUILTIN, DIGITS
 from hf_clmul.objectives import TERMS
 from hf_clmul.paths import atomic_write, cache_folder
 from hf_clmul.plan.columns import evaluated, groups, texts
+from hf_clmul.plan.columns import shown as as_measured
 from hf_clmul.plan.job_steps import optimizer_steps
 from hf_clmul.plan.steps import plan_steps
-from hf_clmul.recipe.schema import Data, Export, Learn, Model, Recipe, Unlearn, Unlearning
+from hf_clmul.recipe.schema import Data, Export, Learn, Learning, Model, Recipe, Unlearn, Unlearning
 from hf_clmul.recipe.streams import BASE
 from hf_clmul.report.claims import EXACT
 from hf_clmul.run.folder import COMPLETE, settings
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.results import MORE_PACKAGES
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ def reference_recipe(recipe: Recipe, seed: int | None = None) -> Recipe:
     """
     derived, rows = _without(recipe)
     derived = derived.model_copy(update={"seed": default_seed(recipe) if seed is None else seed})
+    if derived.evaluation.forget is not None:
+        return derived
     file = _rows_file(rows)
     name = _free(FORGOTTEN, derived.data)
     evaluation = derived.evaluation.model_copy(update={"forget": name})
@@ -121,6 +126,8 @@ def about_reference(recipe: Recipe) -> str | None:
             derived, _ = _without(recipe)
             if found := found_references(recipe):
                 return f"reference: trained already: {', '.join(map(str, found))}"
+            if derived.family == "diffusion":
+                return f"reference: none is made yet; `hf-clmul reference` makes {derived.model.path}, once, in some minutes"
             jobs = [job for step in plan_steps(derived) for job in step.jobs]
     except NoReference as error:
         return str(error)
@@ -136,6 +143,8 @@ def about_reference(recipe: Recipe) -> str | None:
 
 def _without(recipe: Recipe) -> tuple[Recipe, list[Example]]:
     """The recipe that never learns what is forgotten, not yet measuring it, with seed 0, and the rows to measure."""
+    if (pictures := _of_digits(recipe)) is not None:
+        return pictures
     _check_there_is_one(recipe)
     steps = plan_steps(recipe)
     whole = groups(recipe, steps)
@@ -184,6 +193,39 @@ def _check_there_is_one(recipe: Recipe) -> None:
             f"there is no reference: it is not known what a {recipe.family} model could draw before the first request, so "
             f"that leaving pictures out makes no model that never saw them. {NAME_FIGURES}"
         )
+
+
+def _of_digits(recipe: Recipe) -> tuple[Recipe, list[Example]] | None:
+    """Of the built-in pipeline, of which one request forgets a digit or a colour: the pipeline that was made without it, with the
+    forget data as a group. A run has a request, and this one's takes one step of no length. None for any other recipe."""
+    request = recipe.requests[0]
+    if (
+        len(recipe.requests) > 1
+        or not isinstance(request, Unlearn)
+        or recipe.model.path != DIGITS
+        or not request.retain
+    ):
+        return None
+    from hf_clmul.digits import CLASSES, rows
+
+    asked = load_examples(recipe.data[request.data], request.data)
+    ids = {row["id"] for row in asked}
+    classes = [(axis, name) for axis, names in CLASSES.items() for name in names]
+    left_out = [name for axis, name in classes if {row["id"] for row in rows("train") if row[axis] == name} == ids]
+    if not left_out:
+        return None
+    kept = Learn(task="kept", data=request.retain, training={"max_steps": 1, "learning_rate": 0.0})
+    used = {request.data, request.retain, recipe.evaluation.held_out}
+    found = recipe.model_copy(update={
+        "name": f"{recipe.name}-reference", "seed": 0, "requests": [kept], "adapter": None, "memory": None,
+        "model": recipe.model.model_copy(update={"path": f"{DIGITS}/no-{left_out[0]}"}),
+        "data": {name: source for name, source in recipe.data.items() if name in used},
+        "learning": Learning(learn={"denoising": {}}), "unlearning": Unlearning(forget={"esd": {}}, retain={"distill": {}}),
+        "export": Export(), "teacher": Recipe.model_fields["teacher"].default,
+        "evaluation": recipe.evaluation.model_copy(update={"forget": request.data, "reference": None}),
+    })  # fmt: skip
+    found._written = {key: path for key, path in recipe.written.items() if key[0] == "data" and key[1] in used}
+    return found, asked
 
 
 def _learned(recipe: Recipe) -> list[tuple[int, Learn]]:
@@ -284,12 +326,14 @@ def _key(recipe: Recipe) -> str:
     derived, rows = _without(recipe)
     bare = _bare(derived)
     steps = plan_steps(bare)
-    whole = groups(bare, steps)
+    shown_steps = as_measured(bare, steps)
+    whole = groups(bare, shown_steps)
     text = texts({**whole, "forget": rows}) if recipe.model.scratch is not None else []
-    shown_only = {"reference", "samples", "score", "forget", "held_out", "images"}
+    shown_only = {**dict.fromkeys(("reference", "samples", "score", "forget", "held_out"), True), "images": {"shown"}}
+    packages = (*PACKAGES, *MORE_PACKAGES[recipe.family])
     return digest([
-        _model_files(recipe.model), text, settings(bare, steps, steps[-1]), rows, evaluated(bare, steps, whole).plain(),
-        bare.evaluation.model_dump(exclude=shown_only), {"hf_clmul": __version__, **{name: version(name) for name in PACKAGES}},
+        _model_files(derived.model), text, settings(bare, steps, steps[-1]), rows, evaluated(bare, shown_steps, whole).plain(),
+        bare.evaluation.model_dump(exclude=shown_only), {"hf_clmul": __version__, **{name: version(name) for name in packages}},
     ])[:16]  # fmt: skip
 
 
@@ -312,6 +356,11 @@ def _model_files(model: Model) -> Any:
     there."""
     if model.scratch is not None:
         return model.scratch.model_dump()
+    if model.path.startswith(BUILTIN):
+        from hf_clmul.digits.pipeline import made_of
+        from hf_clmul.models.diffusion.sources import chosen
+
+        return made_of(*chosen(model.path)).name
     from hf_clmul.models.loading import explained_loading, model_file
 
     place = Path(model_file(model.path))
