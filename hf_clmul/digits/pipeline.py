@@ -26,13 +26,19 @@ def pipeline_folder(tier: str = "full", without: Without | None = None, progress
     Raises RecipeError for an unknown tier or class and RunError if the cache cannot be written.
     """
     settings, absent = settings_of(tier), _absent(without or {})
-    name = "-".join([tier, *("no-" + name for names in absent.values() for name in names)])
-    target = place(name, [asdict(settings), absent])
+    target = made_of(tier, without)
     if not target.is_dir():
         with one_builder(target) as wanted:
             if wanted:
                 _build(settings, absent, target, progress)
     return target
+
+
+def made_of(tier: str, without: Without | None) -> Path:
+    """The folder, made or not; its name follows all that the weights depend on. Raises RecipeError as `pipeline_folder`."""
+    settings, absent = settings_of(tier), _absent(without or {})
+    name = "-".join([tier, *("no-" + name for names in absent.values() for name in names)])
+    return place(name, [asdict(settings), absent])
 
 
 def _build(settings: Settings, absent: dict[str, list[str]], target: Path, progress: bool) -> None:

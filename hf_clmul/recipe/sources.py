@@ -14,6 +14,8 @@ from hf_clmul.recipe.tree import Tree, parse_yaml
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 REFERENCE: Key = ("evaluation", "reference")
+AUTO = "auto"
+"""As `evaluation.reference`: what `hf-clmul reference` trained, as null is, for a recipe whose base names a file."""
 BUILTIN_LABEL = "built-in recipe "
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>[^@]+)(?:@(?P<late>[^/@]+))?")
 _NOT_RECIPES = ("accelerate",)  # launch configurations lie beside the recipes
@@ -156,7 +158,7 @@ def local_keys(tree: Tree) -> Iterator[Key]:
     for key in models:
         if isinstance(path := tree.get(*key), str) and is_local_model(path, tree.place(*key).folder):
             yield key
-    if isinstance(tree.get("evaluation", "reference"), str):
+    if isinstance(reference := tree.get(*REFERENCE), str) and reference != AUTO:
         yield REFERENCE
 
 
@@ -203,8 +205,9 @@ def _check_exists(absolute: str, path: str, place: Place, key: Key, problems: Pr
         )
     elif is_data and not absolute.lower().endswith(DATA_ENDINGS):
         problems.add(place, key, "", f"a folder, or a file ending in {', '.join(DATA_ENDINGS)}", f"'{path}'")
-    elif key == REFERENCE and not os.path.isfile(absolute):
-        problems.add(place, key, "", "a file", f"the folder '{path}'")
+    elif key == REFERENCE and os.path.isdir(absolute) and not os.path.isfile(os.path.join(absolute, "results.json")):
+        expected = f"a JSON file, a run folder, or {AUTO}"
+        problems.add(place, key, "", expected, f"the folder '{path}'", "a run folder has a results.json")
 
 
 def copy_builtin(name: str, destination: str | Path = ".") -> list[Path]:
