@@ -124,8 +124,13 @@ def mia(tables: Tables, reference: Tables | None = None, seed: int = 0, draws: i
         )
     found.add("reference_auc", lambda: auc_estimate(*_against(tables, reference)[0], seed, draws))
     found.add("reference_auc_gap", lambda: auc_gap_estimate(*_against(tables, reference), seed, draws))
-    found.add("privleak", lambda: privleak_estimate(*_both(tables, reference, min_k_score), seed, draws))
+    found.add("privleak", lambda: privleak_of(tables, reference, seed, draws))
     return found
+
+
+def privleak_of(tables: Tables, reference: Tables | None, seed: int = 0, draws: int = DRAWS) -> Estimate:
+    """`privleak_estimate` on min-k, over the examples that both have. Raises Missing."""
+    return privleak_estimate(*_both(tables, reference, min_k_score), seed, draws)
 
 
 def sides(tables: Tables, score: Score) -> Pair:
