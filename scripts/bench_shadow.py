@@ -3,9 +3,9 @@
     python scripts/bench_shadow.py                                nothing unlearned, and NPO: 2 x 16 models
     python scripts/bench_shadow.py --methods npo rmu --pairs 32   more certain; models that are there are kept
 
-The candidates are the rows of the three persons that the mini bed forgets. Each shadow model learns the other nine persons and a
-random half of the candidates, then unlearns that half with the method (`none`: it does not). 0.5 is what guessing gives, and what
-retraining without the rows would. It holds no library logic.
+The candidates are the rows of the three persons that the mini bed forgets. Each shadow model learns the other nine
+persons and a random half of the candidates, then unlearns that half with the method (`none`: it does not). 0.5 is what
+guessing gives, and what retraining without the rows would. It holds no library logic.
 """
 
 import argparse

@@ -16,7 +16,8 @@ from hf_clmul.evaluation.lm_eval import lm_eval
 RESULTS = {
     "results": {
         "wmdp": {"alias": "wmdp", "acc,none": 0.25, "acc_stderr,none": 0.05},
-        "wmdp_bio": {"alias": " - bio", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc_norm,none": 0.75, "acc_norm_stderr,none": "N/A"},
+        "wmdp_bio": {"alias": " - bio", "acc,none": 0.5, "acc_stderr,none": 0.1,
+                     "acc_norm,none": 0.75, "acc_norm_stderr,none": "N/A"},
         "wmdp_cyber": {"alias": " - cyber", "acc,none": 0.0, "acc_stderr,none": 0.0},
         "gsm8k": {"alias": "gsm8k", "exact_match,strict-match": 0.1, "exact_match_stderr,strict-match": 0.01,
                   "exact_match,flexible-extract": 0.2, "exact_match_stderr,flexible-extract": 0.02},
@@ -75,7 +76,8 @@ def test_the_record_has_counts_errors_shots_and_versions(harness):
     found = lm_eval(tiny_llama(), None, TASKS)
     assert found["tasks"]["wmdp_bio"] == {
         "metrics": {
-            "acc": {"value": 0.5, "n": 20, "stderr": 0.1, "low": pytest.approx(0.304, abs=1e-4), "high": pytest.approx(0.696, abs=1e-4)},
+            "acc": {"value": 0.5, "n": 20, "stderr": 0.1,
+                    "low": pytest.approx(0.304, abs=1e-4), "high": pytest.approx(0.696, abs=1e-4)},
             "acc_norm": {"value": 0.75, "n": 20, "stderr": None, "low": None, "high": None},
         },
         "n_shot": 0,

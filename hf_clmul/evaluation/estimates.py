@@ -1,4 +1,5 @@
-"""Numbers with the count of examples behind them and a 95 % interval. Plain arrays in; knows nothing of metrics or models.
+"""Numbers with the count of examples behind them and a 95 % interval. Plain arrays in; knows nothing of metrics or
+models.
 
 Intervals are percentile bootstraps over examples (Efron, 1979): they say how far the value would move with other
 examples of the same kind, not with another training run. Where all examples agree they have no width, and of a single

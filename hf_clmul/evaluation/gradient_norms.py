@@ -1,5 +1,5 @@
-"""The one statistic of an example that needs a backward pass, for the gradient-norm attack. Knows the family's `predict`;
-nothing of groups, attacks or training."""
+"""The one statistic of an example that needs a backward pass, for the gradient-norm attack. Knows the family's
+`predict`; nothing of groups, attacks or training."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ from hf_clmul.models import causal_lm
 def gradient_norms(
     model: nn.Module, tokenizer: Any, examples: Sequence[Mapping[str, Any]], max_length: int | None = None
 ) -> list[float]:
-    """For each example the mean over parameter tensors of the 2-norm of the gradient of its mean loss (nats a token), one
-    example at a time, in eval mode, as OpenUnlearning measures it (arXiv 2506.12618).
+    """For each example the mean over parameter tensors of the 2-norm of the gradient of its mean loss (nats a token),
+    one example at a time, in eval mode, as OpenUnlearning measures it (arXiv 2506.12618).
 
     All parameters that the loss depends on count, whether they are trained or not: a frozen base remembers too. `model`
     is the bare model; its gradients, flags and mode are left as they were.

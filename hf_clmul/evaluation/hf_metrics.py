@@ -120,7 +120,8 @@ class RougeLF1(_OfflineMetric):
 
 
 class MinK(_OfflineMetric):
-    """Mean over examples of the min-k score: of the lowest share `k` of an answer's token log-probabilities, the mean (nats).
+    """Mean over examples of the min-k score: of the lowest share `k` of an answer's token log-probabilities, the mean
+    (nats).
 
     `predictions`: for each example the log-probabilities of its answer's tokens; the last one, the end of sequence, is
     dropped. For membership inference see MembershipAuc.

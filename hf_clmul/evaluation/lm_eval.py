@@ -1,5 +1,6 @@
-"""The suite `lm_eval`: a model on named tasks of EleutherAI's lm-evaluation-harness (MMLU, WMDP, ...), an extra of this package.
-Knows how the harness is called and how its results are read; none of its tasks, which the harness downloads itself."""
+"""The suite `lm_eval`: a model on named tasks of EleutherAI's lm-evaluation-harness (MMLU, WMDP, ...), an extra of this
+package. Knows how the harness is called and how its results are read; none of its tasks, which the harness downloads
+itself."""
 
 import logging
 import random
@@ -33,8 +34,9 @@ def lm_eval(
 ) -> dict[str, Any] | None:
     """Runs the tasks and returns their record; None on ranks other than the first, which the harness gives nothing.
 
-    `num_fewshot` None is each task's own; `limit` takes the first examples of each task only, for a quick look: such numbers
-    are no results, and the record says so. The model's mode and all random states are left as they were. Record:
+    `num_fewshot` None is each task's own; `limit` takes the first examples of each task only, for a quick look: such
+    numbers are no results, and the record says so. The model's mode and all random states are left as they were.
+    Record:
         tasks     {task: {"metrics": {name: {"value", "n", "stderr", "low", "high"}}, "n_shot", "version"}}, also for
                   groups of tasks; `name` is the harness's metric, with its filter where there is one; 95 % interval
         limit, seed, num_fewshot, apply_chat_template  as asked

@@ -1,9 +1,9 @@
-"""Membership inference: can the forgotten examples be told from examples that were never trained on? Pure functions of rows
-(see `metrics`); knows no models. Population attacks: per-example attacks with shadow models are in `shadow`.
+"""Membership inference: can the forgotten examples be told from examples that were never trained on? Pure functions of
+rows (see `metrics`); knows no models. Population attacks: per-example attacks with shadow models are in `shadow`.
 
-A score is larger the more the example looks like a training example; its AUC is taken over the groups `forget` (members)
-and `held_out` (never trained on). No AUC is good in itself: 0.5 is no goal where retraining gives 0.45, and an AUC of 0
-tells who was forgotten as clearly as 1. So every attack comes with its distance to the reference's AUC.
+A score is larger the more the example looks like a training example; its AUC is taken over the groups `forget`
+(members) and `held_out` (never trained on). No AUC is good in itself: 0.5 is no goal where retraining gives 0.45, and
+an AUC of 0 tells who was forgotten as clearly as 1. So every attack comes with its distance to the reference's AUC.
 
 LOSS, zlib and reference keep the end of sequence, min-k and min-k++ drop it, as OpenUnlearning does (arXiv 2506.12618).
 """
@@ -86,8 +86,8 @@ SCORES: dict[str, Score] = {
 
 
 def privleak(value: float, retrained: float) -> float:
-    """100 ((1 - AUC) - (1 - AUC of the retrained model)) / (1 - AUC of the retrained model), in percent (MUSE, Shi et al.,
-    arXiv 2407.06460): 0 is retraining, below 0 too little was forgotten, above 0 too much.
+    """100 ((1 - AUC) - (1 - AUC of the retrained model)) / (1 - AUC of the retrained model), in percent (MUSE, Shi et
+    al., arXiv 2407.06460): 0 is retraining, below 0 too little was forgotten, above 0 too much.
 
     Raises ValueError for a retrained model with AUC 1, which has no scale.
     """
@@ -112,9 +112,9 @@ def privleak_estimate(run: Pair, retrained: Pair, seed: int = 0, draws: int = DR
 def mia(tables: Tables, reference: Tables | None = None, seed: int = 0, draws: int = DRAWS) -> SuiteResult:
     """The suite `mia`: `ATTACK_auc` of every attack, `ATTACK_auc_gap` to the reference's AUC, and `privleak` on min-k.
 
-    `tables` {group: rows}; `reference` the same of the retrained model. Gaps and PrivLeak are over the examples that both
-    have (see `suite_result.common`). The attack `reference` compares with the reference's loss: it has no AUC without one,
-    and of the reference itself all scores are 0, and the AUC 0.5.
+    `tables` {group: rows}; `reference` the same of the retrained model. Gaps and PrivLeak are over the examples that
+    both have (see `suite_result.common`). The attack `reference` compares with the reference's loss: it has no AUC
+    without one, and of the reference itself all scores are 0, and the AUC 0.5.
     """
     found = SuiteResult()
     for name, score in SCORES.items():

@@ -1,5 +1,5 @@
-"""The suite `muse`: the six sides of MUSE (Shi et al., arXiv 2407.06460) as pure functions of rows (see `metrics`) and of
-lists of records. Knows no models; how the rows must have been generated is in TOKENS.
+"""The suite `muse`: the six sides of MUSE (Shi et al., arXiv 2407.06460) as pure functions of rows (see `metrics`) and
+of lists of records. Knows no models; how the rows must have been generated is in TOKENS.
 
     verbatim_memorization   mean ROUGE-L F1 of greedy continuations of forgotten passages; group `forget_verbatim`
     knowledge_memorization  mean ROUGE-L F1 of greedy answers to questions on them; group `forget`
@@ -19,7 +19,8 @@ from hf_clmul.evaluation.metrics import rouge_l_f1
 from hf_clmul.evaluation.suite_result import Missing, SuiteResult, Tables, common, rows_of
 
 TOKENS = {"forget_verbatim": 128, "forget": 32, "retain": 32}
-"""The longest greedy generation in new tokens, by group. F1 counts what is said too much: other lengths, other numbers."""
+"""The longest greedy generation in new tokens, by group. F1 counts what is said too much: other lengths, other
+numbers."""
 
 ROUGE = {
     "verbatim_memorization": "forget_verbatim",
@@ -29,7 +30,8 @@ ROUGE = {
 
 
 def verbatim_example(text: str, tokenizer: Any, prompt_tokens: int) -> dict[str, str] | None:
-    """A passage as prompt (its first `prompt_tokens` tokens) and completion (the next 128), to be continued by the model.
+    """A passage as prompt (its first `prompt_tokens` tokens) and completion (the next 128), to be continued by the
+    model.
 
     None for a passage that ends with the prompt.
     """
@@ -58,7 +60,8 @@ def scalability(records: Sequence[Mapping[str, Any]]) -> dict[str, Change]:
     """{metric: {"points": [[forgotten examples, value], ...] from few to many, "change"}} of runs of one method.
 
     A record is {"forget_examples": number, "metrics": {name: number or None}}. Runs of the same size, such as several
-    seeds, are averaged. Points without a value are left out; `change` is None without both the smallest and the largest.
+    seeds, are averaged. Points without a value are left out; `change` is None without both the smallest and the
+    largest.
     """
     return _changes([(record["forget_examples"], record["metrics"]) for record in records])
 

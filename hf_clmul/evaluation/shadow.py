@@ -1,11 +1,12 @@
-"""A membership attack on each single example by shadow models (LiRA, Carlini et al., arXiv 2112.03570; for unlearning U-LiRA,
-Hayes et al., arXiv 2403.01218): can a model that learned an example and unlearned it be told from one that never saw it?
-For models that train in seconds. Knows numbers and a function that trains; no model, recipe or run folder.
+"""A membership attack on each single example by shadow models (LiRA, Carlini et al., arXiv 2112.03570; for unlearning
+U-LiRA, Hayes et al., arXiv 2403.01218): can a model that learned an example and unlearned it be told from one that
+never saw it? For models that train in seconds. Knows numbers and a function that trains; no model, recipe or run
+folder.
 
-Population attacks such as min-k compare different examples with each other; here the same example is compared with itself,
-over many trainings. Shadow models come in pairs: of the candidates, one learns (and unlearns) a random half, the other the
-other half. So every example is with half of the models, and, when the models of a pair are attacked, both kinds are judged
-by equally many of the others.
+Population attacks such as min-k compare different examples with each other; here the same example is compared with
+itself, over many trainings. Shadow models come in pairs: of the candidates, one learns (and unlearns) a random half,
+the other the other half. So every example is with half of the models, and, when the models of a pair are attacked, both
+kinds are judged by equally many of the others.
 """
 
 import json
@@ -33,13 +34,15 @@ Train = Callable[[Sequence[int], int], Sequence[float]]
 
 
 def confidence(row: Row) -> float:
-    """log(p / (1 - p)) of the answer's probability per token p: what LiRA takes for Gaussian. Kept finite at both ends."""
+    """log(p / (1 - p)) of the answer's probability per token p: what LiRA takes for Gaussian. Kept finite at both
+    ends."""
     logp = min(max(float(np.mean(row["logps"])), _IMPOSSIBLE), -_CERTAIN)
     return logp - math.log(-math.expm1(logp))
 
 
 def halves(candidates: int, pairs: int, seed: int) -> np.ndarray:
-    """bool [2 pairs, candidates]: which candidates each shadow model learns. Rows 2i and 2i + 1 are each other's opposite."""
+    """bool [2 pairs, candidates]: which candidates each shadow model learns. Rows 2i and 2i + 1 are each other's
+    opposite."""
     chosen = np.zeros((2 * pairs, candidates), dtype=bool)
     for pair in range(pairs):
         first = np.random.default_rng([seed, pair]).permutation(candidates)[: candidates // 2]
@@ -51,9 +54,10 @@ def halves(candidates: int, pairs: int, seed: int) -> np.ndarray:
 def log_likelihood_ratios(scores: np.ndarray, learned: np.ndarray) -> np.ndarray:
     """Each model attacked by all pairs but its own: log N(s; with) - log N(s; without), [models, candidates].
 
-    `scores` [models, candidates] of `confidence`, `learned` as `halves` gives it, at least three pairs. A Gaussian is fitted
-    to the scores of the models that learned (and unlearned) the example and one to those that did not. With fewer than 64
-    models a side, all examples share one deviation a side, as LiRA does. Above 0: it looks like it was learned.
+    `scores` [models, candidates] of `confidence`, `learned` as `halves` gives it, at least three pairs. A Gaussian is
+    fitted to the scores of the models that learned (and unlearned) the example and one to those that did not. With
+    fewer than 64 models a side, all examples share one deviation a side, as LiRA does. Above 0: it looks like it was
+    learned.
     """
     models = len(scores)
     if models < 6 or models % 2 or not (learned[::2] == ~learned[1::2]).all() or scores.shape != learned.shape:
@@ -117,9 +121,9 @@ def run_shadows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains 2 `pairs` shadow models and returns (scores, learned), each [models, candidates].
 
-    Model i is `train(indices, seed + i)`. One file a model in `folder`: a call that was interrupted goes on where it was, and
-    one with more pairs adds to them. `training` (plain JSON) says what else `train` depends on: files that say otherwise are
-    refused. Raises RunError for these, and for broken ones.
+    Model i is `train(indices, seed + i)`. One file a model in `folder`: a call that was interrupted goes on where it
+    was, and one with more pairs adds to them. `training` (plain JSON) says what else `train` depends on: files that say
+    otherwise are refused. Raises RunError for these, and for broken ones.
     """
     learned = halves(candidates, pairs, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +147,8 @@ def run_shadows(
 
 
 def _log_density(scores: np.ndarray, shadows: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """Of scores [2, N], under the Gaussian of each example's shadow scores [M, N] where `side` [M, N]; without constants."""
+    """Of scores [2, N], under the Gaussian of each example's shadow scores [M, N] where `side` [M, N]; without
+    constants."""
     count = side.sum(axis=0)
     mean = np.where(side, shadows, 0).sum(axis=0) / count
     squares = np.where(side, (shadows - mean) ** 2, 0).sum(axis=0)

@@ -1,5 +1,5 @@
-"""What a suite found, and what it could not: a metric without data is absent with a reason, and never a number. Also which
-examples a run and its reference have in common."""
+"""What a suite found, and what it could not: a metric without data is absent with a reason, and never a number. Also
+which examples a run and its reference have in common."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +44,8 @@ def common(tables: Tables, reference: Tables | None, groups: Sequence[str]) -> t
     """Both tables with those examples of the groups that both have, in the same order: row i is of the same example.
 
     Examples are the same if question and answer are, as ids carry names of data sections, which two recipes may choose
-    differently; the n-th of equal ones goes with the n-th. Raises Missing without a reference, or where a group has none
-    in common.
+    differently; the n-th of equal ones goes with the n-th. Raises Missing without a reference, or where a group has
+    none in common.
     """
     if reference is None:
         raise Missing(NO_REFERENCE)
