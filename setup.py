@@ -38,6 +38,8 @@ REQUIRES = [
     "pillow>=13.0",  # oldest tested; grids of pictures
     "jinja2>=3.1",  # oldest tested; report and model card
 ]
+# The suite lm_eval. Tested against a stand-in only; 0.4.8 is the release whose interface it follows.
+LM_EVAL = ["lm-eval>=0.4.8"]
 TEST = [
     "pytest>=9.0",  # oldest tested
     "pytest-xdist>=3.8",  # oldest tested; two workers
@@ -65,7 +67,7 @@ setup(
     package_dir={"hf_clmul.recipes": "recipes"},
     package_data={"hf_clmul": ["py.typed", "**/*.jsonl", "**/*.j2"], "hf_clmul.recipes": ["**/*"]},
     install_requires=REQUIRES,
-    extras_require={"test": TEST, "dev": DEV},
+    extras_require={"lm-eval": LM_EVAL, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["hf-clmul=hf_clmul.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

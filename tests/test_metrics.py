@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -106,12 +107,21 @@ def test_rouge_l_recall_counts_stemmed_words_in_order():
     assert metrics.rouge_l_recall(row(answer="one two six", generated="six two one")) == pytest.approx(1 / 3)
 
 
-def test_rouge_l_recall_of_an_empty_generation_is_zero():
-    assert metrics.rouge_l_recall(row(generated="")) == 0.0
+def test_rouge_l_f1_counts_what_was_said_too_much():
+    # recall 3/5, precision 3/4
+    assert metrics.rouge_l_f1(row()) == pytest.approx(2 * 3 / (5 + 4), rel=1e-12)
+    long = row(answer="one two", generated="one two three four five six")
+    assert (metrics.rouge_l_recall(long), metrics.rouge_l_f1(long)) == (1.0, pytest.approx(2 * 2 / (2 + 6), rel=1e-12))
 
 
-def test_rouge_l_recall_says_nothing_about_a_script_it_cannot_read():
-    assert metrics.rouge_l_recall(row(answer="東京です", generated="東京です")) is None
+@pytest.mark.parametrize("rouge", [metrics.rouge_l_recall, metrics.rouge_l_f1])
+def test_rouge_l_of_an_empty_generation_is_zero(rouge):
+    assert rouge(row(generated="")) == 0.0
+
+
+@pytest.mark.parametrize("rouge", [metrics.rouge_l_recall, metrics.rouge_l_f1])
+def test_rouge_l_says_nothing_about_a_script_it_cannot_read(rouge):
+    assert rouge(row(answer="東京です", generated="東京です")) is None
 
 
 @pytest.mark.parametrize(
@@ -294,6 +304,38 @@ class TestEvaluateLibrary:
     def test_rouge_l_recall(self, hf):
         found = hf("RougeLRecall").compute(predictions=[row()["generated"], ""], references=[row()["answer"], "a"])
         assert found == {"rouge_l_recall": pytest.approx(3 / 5 / 2, rel=1e-12)}
+
+    def test_rouge_l_f1(self, hf):
+        found = hf("RougeLF1").compute(predictions=[row()["generated"], ""], references=[row()["answer"], "a"])
+        assert found == {"rouge_l_f1": pytest.approx(6 / 9 / 2, rel=1e-12)}
+
+    def test_exact_memorization(self, hf):
+        found = hf("ExactMemorization").compute(
+            predictions=[[5, 6, 7, 8, 2], [5, 9], [3]], references=[[5, 1, 7, 8, 0], [5, 0], [3]]
+        )
+        assert found == {"exact_memorization": (3 / 4 + 1) / 2}
+
+    @pytest.mark.parametrize(("options", "expected"), [({}, (-4 - 2.5) / 2), ({"k": 0.7}, (-3.5 - 2.5) / 2)])
+    def test_min_k(self, hf, options, expected):
+        logps = [[-1.0, -4.0, -3.0, -9.0], [-2.5, 0.0], [-1.0]]  # the last has only its end of sequence
+        assert hf("MinK").compute(predictions=logps, **options) == {"min_k": pytest.approx(expected, rel=1e-12)}
+
+    def test_min_k_plus_plus(self, hf):
+        found = hf("MinKPlusPlus").compute(
+            predictions=[[-1.0, -4.0, -3.0, -9.0]], means=[[-1.0, -3.0, 1.0, 0.0]], deviations=[[1.0, 0.25, 2.0, 1.0]]
+        )
+        assert found == {"min_k_plus_plus": pytest.approx(-4, rel=1e-12)}  # of 0, -4 and -2
+
+    def test_zlib(self, hf):
+        found = hf("ZlibScore").compute(predictions=[[-1.0, -3.0], [0.0]], references=["Ada " * 9, "b"])
+        size = len(zlib.compress(b"Ada Ada Ada Ada Ada Ada Ada Ada Ada "))
+        assert found == {"zlib": pytest.approx(-2 / size / 2, rel=1e-12)} and size < 36
+
+    def test_membership_auc(self, hf):
+        metric = hf("MembershipAuc")
+        metric.add_batch(predictions=[3.0, 1.0], references=[1, 0])
+        metric.add_batch(predictions=[2.0, 2.0, 1.0], references=[0, 1, 1])
+        assert metric.compute() == {"membership_auc": pytest.approx((2 + 1.5 + 0.5) / 6, rel=1e-12)}
 
     def test_importing_and_using_it_opens_no_connection(self, tmp_path):
         code = (
