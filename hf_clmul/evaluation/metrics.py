@@ -6,6 +6,9 @@ A row holds the statistics of one example:
     hits              list[bool]  at the same positions: is the teacher-forced argmax that token?
     paraphrase_logps  list[float] | None  as `logps`, for the paraphrased answer
     perturbed_logps   list[list[float]] | None  as `logps`, for each wrong answer
+    token_means, token_deviations  list[float]  at each position of `logps`, mean and standard deviation of log p over
+                      the vocabulary under p itself, nats
+    question_logps    list[float] | None  as `logps`, for the answer after the paraphrased question
     generated         str  the greedy answer
     answer            str  the answer as it stands in the data
 
