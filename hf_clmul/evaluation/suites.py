@@ -2,7 +2,7 @@
 follow (`metrics`, `suite_table`). Knows the family's `score` and `generate`; nothing of requests or training."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from hf_clmul.data.collation import RoleCollator
 from hf_clmul.data.encoding import IGNORED, encode, encode_prompt, example_format, first_label, prompt_and_completion
 from hf_clmul.data.roles import permutation
 from hf_clmul.errors import RecipeError
-from hf_clmul.evaluation.metrics import aggregate
+from hf_clmul.evaluation import suite_table
 from hf_clmul.models import causal_lm
 
 Example = Mapping[str, Any]
@@ -77,11 +77,41 @@ def measure(
     return ordered
 
 
-def summary(rows: Mapping[str, Sequence[Row]], samples: int) -> dict[str, Any]:
-    """{group: {"examples", "metrics", "samples"}} of a results record."""
-    return {group: {"examples": len(of_group), "metrics": aggregate(of_group, group),
-                    "samples": [{key: row[key] for key in ("question", "answer", "generated")} for row in of_group[:samples]]}
-            for group, of_group in rows.items() if of_group}  # fmt: skip
+def summary(rows: Mapping[str, Sequence[Row]], samples: int, suites: Sequence[str] = ("basic",)) -> dict[str, Any]:
+    """{group: {"examples", "metrics", "counts", "intervals", "absent", "samples"}} of a results record."""
+    found = suite_table.results(suites, rows)["groups"]
+    return {
+        group: {
+            "examples": len(of_group),
+            **found[group],
+            "samples": [{key: row[key] for key in ("question", "answer", "generated")} for row in of_group[:samples]],
+        }
+        for group, of_group in rows.items()
+        if of_group
+    }
+
+
+def score_generated(
+    base: torch.nn.Module, tokenizer: Any, examples: Sequence[Example], rows: list[Row], how: Measuring, title: str
+) -> None:
+    """Adds `base_logps` to measured rows: what a base model thinks of their generated answers, each after its question. None
+    for an empty answer."""
+    texts = []
+    for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
+        row["base_logps"] = None
+        if row["generated"]:
+            with suppress(RecipeError):  # nothing but special tokens, or more than fits
+                texts.append(
+                    (i, "base", encode(with_answer(_last_turn(example), row["generated"]), tokenizer, how.max_length))
+                )
+    mode, state = base.training, PartialState()
+    base.eval()
+    try:
+        total = len(texts) // state.num_processes
+        with tqdm(total=total, desc=title, disable=not state.is_main_process, leave=False) as bar:
+            _score(rows, texts, base, tokenizer, how, bar)
+    finally:
+        base.train(mode)
 
 
 def _row(example: Example) -> Row:

@@ -1,5 +1,5 @@
-"""What is evaluated after each request: groups (forget, retain, held out) and, for the matrix of stages and tasks, a column for
-each task and each part that is forgotten. Knows the plan; nothing of models or metrics."""
+"""What is evaluated after each request: groups (forget, retain, held out, others by name) and, for the matrix of stages and
+tasks, a column for each task and each part that is forgotten. Knows the plan; nothing of models or metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,9 +114,10 @@ def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Ex
     retain = [row for column in cut for row in column.rows if content(row) in kept]
     taught = {content(row) for column in columns(steps) for row in column.rows}
     retain += _sample([row for row in whole.get("retain", []) if content(row) not in taught], size, "retain")
+    more = {name: _sample(whole.get(name, []), size, name) for name in recipe.evaluation.groups}
     groups = {
         name: {content(row): row for row in rows}
-        for name, rows in (("forget", forget), ("retain", retain), ("held_out", held_out))
+        for name, rows in {"forget": forget, "retain": retain, "held_out": held_out, **more}.items()
     }
     rows = {content(row): row for column in cut for row in column.rows}
     rows |= {text: row for group in groups.values() for text, row in group.items()}
@@ -183,20 +184,25 @@ def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
             learned |= {content(e): e for e in step.roles.get("retain", [])}
         forget = {text: e for text, e in {**forget, **forgets}.items() if text not in learns}
     retain = [example for text, example in learned.items() if text not in forget]
-    named = {
-        group: _rows(recipe, name) if name is not None else []
-        for group, name in (("held_out", recipe.evaluation.held_out), ("forget", recipe.evaluation.forget))
-    }
+    named = {group: _rows(recipe, name) for group, name in untrained(recipe).items()}
     for group, rows in named.items():
+        where = f"groups.{group}" if group in recipe.evaluation.groups else group
         overlap = {content(example) for example in rows} & set(learned)
         if overlap:
             raise RecipeError(
-                f"evaluation.{group}: {len(overlap)} of its examples are learned too, such as "
+                f"evaluation.{where}: {len(overlap)} of its examples are learned too, such as "
                 f"{cut(next(iter(overlap)))}. This data must never be trained on."
             )
-    forget |= {content(example): example for example in named["forget"]}
-    whole = {"forget": list(forget.values()), "retain": retain, "held_out": named["held_out"]}
+    forget |= {content(example): example for example in named.pop("forget", [])}
+    whole = {"forget": list(forget.values()), "retain": retain, **named}
     return {name: rows for name, rows in whole.items() if rows}
+
+
+def untrained(recipe: Recipe) -> dict[str, str]:
+    """{group: name of its data}, of the groups that no request may learn."""
+    chosen = recipe.evaluation
+    named = {"held_out": chosen.held_out, "forget": chosen.forget, **chosen.groups}
+    return {group: name for group, name in named.items() if name is not None}
 
 
 def _rows(recipe: Recipe, name: str) -> list[Example]:

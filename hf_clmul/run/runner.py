@@ -24,7 +24,7 @@ from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.receipt import receipt
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan.columns import evaluated, groups, shown, texts
+from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import dump_recipe
 from hf_clmul.recipe.schema import Images, Recipe, Unlearn
@@ -61,11 +61,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, shown(recipe, steps))
         chosen, how = evaluated(recipe, shown(recipe, steps), whole), _measuring(recipe)
-        named = [
-            load_examples(recipe.data[name], name)
-            for name in (recipe.evaluation.held_out, recipe.evaluation.forget)
-            if name
-        ]
+        named = [load_examples(recipe.data[name], name) for name in untrained(recipe).values()]
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
         on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
         on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
