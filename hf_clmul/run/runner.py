@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, shown(recipe, steps))
-        chosen, how = evaluated(recipe, shown(recipe, steps), whole), _measuring(recipe)
+        chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring_of(recipe)
         named = [load_examples(recipe.data[name], name) for name in untrained(recipe).values()]
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
         on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
@@ -226,7 +226,7 @@ def _plain(how: Measuring | Images) -> dict[str, Any]:
     return how.model_dump() if isinstance(how, Images) else asdict(how)
 
 
-def _measuring(recipe: Recipe) -> Measuring | Images:
+def measuring_of(recipe: Recipe) -> Measuring | Images:
     """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so."""
     if recipe.family == "diffusion":
         return recipe.evaluation.images
