@@ -1,6 +1,6 @@
 """What the TOFU suite costs in one pass against each metric with forward passes and generations of its own, in one run.
 
-`python scripts/bench_suites.py [--recipe mini] [KEY=VALUE ...]` learns the recipe's data, then measures both ways and asserts
+`python scripts/bench_suites.py [--recipe mini/npo] [KEY=VALUE ...]` learns the recipe's data, then measures both ways and asserts
 that the numbers are the same. Two ratios are printed: with model utility and forget quality taken from the values of the
 other metrics, and with passes of their own as all others. Unrelated people stand in for real authors and world facts.
 """
@@ -121,7 +121,7 @@ def utility(apart: Apart, groups: Mapping[str, Sequence[Any]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="mini", help="with one learn and one unlearn request, and `held_out`")
+    parser.add_argument("--recipe", default="mini/npo", help="with one learn and one unlearn request, and `held_out`")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     given = parser.parse_args()
     torch.set_num_threads(1)
