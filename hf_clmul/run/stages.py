@@ -69,7 +69,7 @@ def _measure(run: Run, names: Sequence[str], title: str, examples: Sequence[Row]
         found = run.loaded.measure(model, examples, run.how, title)
     if run.recipe.adapter is not None and run.recipe.family == "causal_lm":
         with adapters.serving(run.model, ()) as base:
-            run.loaded.score_generated(base, examples, found, run.how, title)
+            run.loaded.score_generated(base, examples, found, run.how, f"{title}, base")
     return found
 
 
