@@ -279,6 +279,32 @@ def report(
         say(f"report: {write_report(run_folder)}")
 
 
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or with --recipe a model.")],
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option(help="Whose data a model is measured with.")] = None,
+    suites: Annotated[str, typer.Option(help="Such as basic,tofu. Default: those of the recipe.")] = "",
+    reference: Annotated[
+        Path | None, typer.Option(help="Run folder of a model that never saw the forget data.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write. Default: RUN/evaluation.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure a run's exported model, or another model, with suites. What was measured before is read back."""
+    with errors_explained(debug):
+        from hf_clmul.run import evaluate as evaluation
+
+        named = [name.strip() for name in suites.split(",") if name.strip()]
+        files = evaluation.evaluate(target, recipe, overrides or (), named, reference, output)
+        if is_main_process():
+            from hf_clmul.cli_tables import evaluation_table
+
+            for file in files:
+                console().print(evaluation_table(evaluation.read_evaluation(file)))
+                say(f"{file}")
+
+
 @ledger_app.command("verify")
 def verify_ledger(run_folder: RunFolder, debug: Debug = False) -> None:
     """Check that nobody changed, removed, put in or moved a line of the ledger."""

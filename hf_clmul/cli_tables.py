@@ -1,7 +1,8 @@
 """The tables of `hf-clmul ls`: what a recipe can name, one line each. It reads the tables of the packages and
 loads nothing else."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.table import Table
 
@@ -33,6 +34,19 @@ def tables() -> Iterator[Table]:
     yield _table("conflict rules (learning.conflict, unlearning.conflict)", rules)
     yield _table("teachers (teacher)", ((name, summary, NO_PAPER) for name, summary in TEACHERS.items()))
     yield _table("suites (evaluation.suites)", ((name, summary, NO_PAPER) for name, summary in SUITES.items()))
+
+
+def evaluation_table(record: Mapping[str, Any]) -> Table:
+    """The values of a suite: a line for each metric of each group, with its interval and count, or why there is none."""
+    table = Table("group", "metric", "value", "95 % interval", "n", title=f"{record['target']}: {record['suite']}")
+    for group, entry in {**record["groups"], **{f"all ({name})": e for name, e in record["suites"].items()}}.items():
+        for name, value in entry["metrics"].items():
+            if value is None:
+                table.add_row(group, name, "absent", entry["absent"][name], "")
+                continue
+            between = " to ".join(f"{bound:.3f}" for bound in entry["intervals"].get(name, ()))
+            table.add_row(group, name, f"{value:.4g}", between, str(entry["counts"][name]))
+    return table
 
 
 def _table(title: str, rows: Iterator[tuple[str, str, str]]) -> Table:

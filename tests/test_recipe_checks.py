@@ -287,8 +287,8 @@ FOREIGN = {  # of which family, what is added, and the one line that must come o
         "evaluation.score: is a metric of diffusion models; expected one of rouge_l_recall, answer_probability, "
         "exact_memorization, extraction_strength; found the text 'prompt_accuracy'; leave it out for the family's own"),
     "suite of pictures": ("causal_lm", "evaluation: {suites: [concepts]}",
-        "evaluation.suites.0: is for diffusion models; expected basic; found the text 'concepts'; leave it out for the "
-        "family's own"),
+        "evaluation.suites.0: is for diffusion models; expected one of basic, tofu; found the text 'concepts'; leave it out "
+        "for the family's own"),
     "numbered layers": ("diffusion", "adapter: {layers: last-2}",
         "adapter.layers: chooses among the numbered layers of a language model; remove it, and name modules in "
         "`adapter.target_modules`"),

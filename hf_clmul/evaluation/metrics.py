@@ -6,6 +6,10 @@ A row holds the statistics of one example:
     hits              list[bool]  at the same positions: is the teacher-forced argmax that token?
     paraphrase_logps  list[float] | None  as `logps`, for the paraphrased answer
     perturbed_logps   list[list[float]] | None  as `logps`, for each wrong answer
+    token_means, token_deviations  list[float]  at each position of `logps`, mean and standard deviation of log p over
+                      the vocabulary under p itself, nats
+    question_logps    list[float] | None  as `logps`, for the answer after the paraphrased question
+    base_logps        list[float] | None, may be missing  as `logps`, of the generated answer, by the base model
     generated         str  the greedy answer
     answer            str  the answer as it stands in the data
 
@@ -17,7 +21,7 @@ metric, the metric is None and not a number.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,6 +40,19 @@ def paraphrase_probability(row: Row) -> float | None:
     """`answer_probability` of the paraphrased answer."""
     paraphrase = row["paraphrase_logps"]
     return None if paraphrase is None else math.exp(_mean_logp(paraphrase, "paraphrase_logps"))
+
+
+def question_probability(row: Row) -> float | None:
+    """`answer_probability` after the paraphrased question."""
+    found = row.get("question_logps")
+    return None if found is None else math.exp(_mean_logp(found, "question_logps"))
+
+
+def generated_nll(row: Row) -> float | None:
+    """Mean negative log-probability, in nats per token, of the generated answer by the base model; its exponential is the
+    perplexity. Low for fluent text, and for text that repeats itself (see `fluency`). None where nobody scored it."""
+    found = row.get("base_logps")
+    return None if found is None else -_mean_logp(found, "base_logps")
 
 
 def normalised_probability(row: Row) -> float | None:
@@ -87,6 +104,12 @@ def kept_truth_ratio(row: Row) -> float | None:
     """max(0, 1 - r) in [0, 1]: 1 where the model knows the truth."""
     ratio = log_truth_ratio(row)
     return None if ratio is None else -math.expm1(min(ratio, 0.0))
+
+
+def truth_share(row: Row) -> float | None:
+    """correct / (correct + wrong) = 1 / (1 + r) in [0, 1]: 1/2 where the model tells neither apart."""
+    ratio = log_truth_ratio(row)
+    return None if ratio is None else 1 / (1 + math.exp(ratio)) if ratio < 700 else 0.0
 
 
 def extraction_strength(row: Row) -> float | None:
@@ -206,7 +229,12 @@ def _wrong_logps(row: Row) -> list[float]:
 def _rouge_l(row: Row) -> Any:
     if not re.search("[a-z0-9]", row["answer"].lower()):
         return None
-    return _rouge_scorer().score(row["answer"], row["generated"])["rougeL"]
+    return _rouge_of(row["answer"], row["generated"])
+
+
+@lru_cache(maxsize=16384)  # groups, tasks and suites ask for the same pairs
+def _rouge_of(answer: str, generated: str) -> Any:
+    return _rouge_scorer().score(answer, generated)["rougeL"]
 
 
 @cache

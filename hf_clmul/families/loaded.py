@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hf_clmul.data.encoding import encode_prompt
-from hf_clmul.evaluation.suites import Measuring, Row, measure, summary
+from hf_clmul.evaluation.suites import Measuring, Row, measure, score_generated, summary
 from hf_clmul.families.text import TextFamily
 from hf_clmul.hashes import tensors_sha256
 from hf_clmul.models import adapters
@@ -78,6 +78,12 @@ class Loaded:
     def measure(self, model: Any, rows: Sequence[Mapping[str, Any]], how: Measuring, title: str) -> list[Row]:
         """What the model says of each example, complete on every rank."""
         return measure(model, self.tokenizer, {"rows": rows}, how, title)["rows"]
+
+    def score_generated(
+        self, base: Any, examples: Sequence[Mapping[str, Any]], rows: list[Row], how: Measuring, title: str
+    ) -> None:
+        """Adds to measured rows what a base model thinks of their generated answers."""
+        score_generated(base, self.tokenizer, examples, rows, how, title)
 
     def summary(
         self, groups: Mapping[str, Sequence[Row]], first: Mapping[str, Sequence[Row]], samples: int

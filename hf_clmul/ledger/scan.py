@@ -12,11 +12,13 @@ from hf_clmul.ledger.lineage import Descendant, descendants
 from hf_clmul.ledger.records import Event, tombstones
 from hf_clmul.ledger.scan_cache import cached, named
 from hf_clmul.ledger.scan_text import (
+    TABLE,
     TEXT_FILES,
     Erased,
     data_rows,
     erased_rows,
     json_values,
+    plain_text,
     quoted,
     readable,
     rows_in,
@@ -26,6 +28,7 @@ from hf_clmul.report.claims import APPROXIMATE, FILTER
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
 REPORT = "report/report.html"
 RECIPES = (".yaml", ".yml")
+ROWS = (".json", ".jsonl", TABLE)
 _LIVING = ("adapter", "merge", "export", "memory")
 """Kinds that go on to exist after an approximate erasure; teachers, caches and checkpoints have done their work."""
 
@@ -73,8 +76,8 @@ def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erase
     erased = erased_rows(events, key)
     erased.learn_texts(given)
     for path in text_files(root):
-        if path.suffix in (".json", ".jsonl"):
-            values = json_values(path.read_text("utf-8", errors="replace"), path.suffix)
+        if path.suffix in ROWS:
+            values = json_values(*plain_text(path))
             erased.learn_texts(row for value in values or [] for row in rows_in(value))
     return erased
 
@@ -146,8 +149,8 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
             hashes |= erased.captioned(text)
         elif path.suffix not in RECIPES:
             hashes |= quoted(captions, text)
-        if path.suffix in (".json", ".jsonl"):
-            values = json_values(path.read_text("utf-8", errors="replace"), path.suffix) or []
+        if path.suffix in ROWS:
+            values = json_values(*plain_text(path)) or []
             hashes |= {hit for value in values for row in rows_in(value) if (hit := erased.match(row)) is not None}
         if not hashes:
             continue
@@ -190,8 +193,9 @@ def without_key(root: Path) -> Finding:
 def is_evaluation(name: str) -> bool:
     """Records that quote what was measured, forgotten examples among them, and the page that shows them."""
     parts = PurePosixPath(name).parts
-    stage = parts[:-1] == ("base",) or (len(parts) == 3 and parts[0] == "requests")
-    return name in ("results.json", REPORT) or (stage and parts[-1] in ("examples.jsonl", "result.json"))
+    place = parts[1:] if parts[0] == "base" else parts[2:] if parts[0] == "requests" else ()
+    stage = place in (("examples.jsonl",), ("result.json",)) or (len(place) == 2 and place[0] == "measured")
+    return name in ("results.json", REPORT) or stage or parts[0] == "evaluation"
 
 
 def _files(root: Path) -> Iterable[Path]:

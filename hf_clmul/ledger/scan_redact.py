@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.errors import RunError
+from hf_clmul.evaluation.tables import write_table
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.files import LEDGER, read_events
 from hf_clmul.ledger.scan import REPORT, is_evaluation, plain_texts, text_files, without_key
 from hf_clmul.ledger.scan_cache import cached, named
-from hf_clmul.ledger.scan_text import ERASED, Erased, Needles, json_values, quoted, readable
+from hf_clmul.ledger.scan_text import ERASED, TABLE, Erased, Needles, json_values, plain_text, quoted, readable
 from hf_clmul.paths import atomic_write, explained_writes
 
 _SHOWN = ("question", "answer", "generated", "caption", "pictures", "features", "predicted")
 
 
 def redact(root: Path, data: Path | None = None) -> list[str]:
-    """Blanks erased texts in `examples.jsonl`, `result.json` and `results.json` of a run folder, and deletes its report
+    """Blanks erased texts in `examples.jsonl`, `result.json`, `results.json` and what `evaluate` wrote, and deletes its report
     if it shows some; the ledger notes it. Erased pictures in the cache are deleted. Returns the files that changed.
     `data` as for `scan`.
 
@@ -37,8 +38,8 @@ def redact(root: Path, data: Path | None = None) -> list[str]:
             name = path.relative_to(root).as_posix()
             if not is_evaluation(name):
                 continue
-            before = path.read_text("utf-8")
-            after = _report(path, erased) if name == REPORT else _blanked(before, path.suffix, erased, needles)
+            before, suffix = plain_text(path)
+            after = _report(path, erased) if name == REPORT else _blanked(before, suffix, erased, needles)
             if after != before:
                 changed[name] = {"before": _sha256(before), "after": after and _sha256(after)}
                 _replace(path, after)
@@ -83,7 +84,9 @@ def _blank(value: Any, erased: Erased, needles: Needles) -> Any:
 
 
 def _replace(path: Path, content: str | None) -> None:
-    if content is not None:
+    if content is not None and path.suffix == TABLE:
+        write_table([json.loads(line) for line in content.splitlines()], path)
+    elif content is not None:
         atomic_write(path, content)
     else:
         with explained_writes(path):

@@ -17,9 +17,10 @@ from hf_clmul.ledger.key import keyed
 from hf_clmul.ledger.records import Event, keyed_caption, keyed_id, keyed_image, tombstones
 from hf_clmul.report.claims import FILTER
 
+TABLE = ".parquet"
 ERASED = "(erased)"
 """What stands where an erased text stood."""
-TEXT_FILES = (".json", ".jsonl", ".html", ".md", ".yaml", ".yml", ".txt", ".csv", ".log")
+TEXT_FILES = (".json", ".jsonl", ".html", ".md", ".yaml", ".yml", ".txt", ".csv", ".log", TABLE)
 SHORTEST = 16  # characters: a shorter text, such as a label, is no quotation by itself
 
 Row = Mapping[str, Any]
@@ -193,10 +194,20 @@ def quoted(needles: Needles, text: str) -> set[str]:
     return {hashed for hashed, ways in needles.items() if any(all(map(holds, way)) for way in ways)}
 
 
+def plain_text(path: Path) -> tuple[str, str]:
+    """The content of a file and what kind it is, by its ending: of a table, its rows as lines of JSON. Raises RunError for a
+    damaged table."""
+    if path.suffix != TABLE:
+        return path.read_text("utf-8", errors="replace"), path.suffix
+    from hf_clmul.evaluation.tables import read_table
+
+    return "".join(json.dumps(row, default=str) + "\n" for row in read_table(path)), ".jsonl"
+
+
 def readable(path: Path) -> str:
     """All text of a file as its reader sees it: without the escapes of its format."""
-    raw = path.read_text("utf-8", errors="replace")
-    values = json_values(raw, path.suffix)
+    raw, suffix = plain_text(path)
+    values = json_values(raw, suffix)
     if values is not None:
         return "\n".join(text for value in values for text in strings(value))
     shown = html.unescape(raw)
@@ -244,11 +255,11 @@ def data_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that a user names. Raises RunError if there are none in a form that was learned."""
     if not path.is_file():
         raise RunError(f"--data {path}: no such file.")
-    raw = path.read_text("utf-8", errors="replace")
-    if path.suffix == ".csv":
+    raw, suffix = plain_text(path)
+    if suffix == ".csv":
         rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(raw, newline="")))
     else:
-        rows = [row for value in json_values(raw, path.suffix) or [] for row in rows_in(value)]
+        rows = [row for value in json_values(raw, suffix) or [] for row in rows_in(value)]
     if not any(_contents(row) for row in rows):
         known = "; ".join(" + ".join(names) for names in FORMATS)
         raise RunError(

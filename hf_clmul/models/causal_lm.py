@@ -116,15 +116,34 @@ def _prediction(
 
 
 @torch.no_grad()
-def score(model: nn.Module, batch: Mapping[str, Any], accepted: frozenset[str]) -> list[dict[str, list]]:
-    """Per sequence: `logps`, nats of its supervised tokens, and `hits`, whether the most likely token was right."""
+def score(
+    model: nn.Module, batch: Mapping[str, Any], accepted: frozenset[str], whole: Collection[int] | None = None
+) -> list[dict[str, list]]:
+    """Per sequence, at its supervised tokens: `logps`, nats; `predicted`, the most likely token; `hits`, whether that was
+    right; and of the sequences `whole` (all, if None) `token_means` and `token_deviations` of log p over the vocabulary
+    under p itself, nats."""
     prediction = predict(model, batch, frozenset({"logps", "logits"}), accepted)
-    hits = (prediction.logits.argmax(-1) == batch["targets"]).tolist()
-    scored: list[dict[str, list]] = [{"logps": [], "hits": []} for _ in range(prediction.batch_size)]
-    for row, logp, hit in zip(prediction.rows.tolist(), prediction.logps.tolist(), hits, strict=True):
-        scored[row]["logps"].append(logp)
-        scored[row]["hits"].append(hit)
+    logits, rows = prediction.logits, prediction.rows
+    predicted = logits.argmax(-1)
+    found = {"logps": prediction.logps, "hits": predicted == batch["targets"], "predicted": predicted}
+    scored: list[dict[str, list]] = [{name: [] for name in found} for _ in range(prediction.batch_size)]
+    which = rows.tolist()
+    for name, values in found.items():
+        for row, value in zip(which, values.tolist(), strict=True):
+            scored[row][name].append(value)
+    for row in range(prediction.batch_size) if whole is None else whole:
+        means, deviations = _moments(logits[rows == row])
+        scored[row] |= {"token_means": means.tolist(), "token_deviations": deviations.tolist()}
     return scored
+
+
+def _moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [N] of log p under p, from logits [N, V]. What is impossible counts for nothing."""
+    logps = logits.log_softmax(-1)
+    p = logps.exp()
+    logps = logps.masked_fill(p == 0, 0.0)  # 0 log 0 is 0
+    means = (p * logps).sum(-1)
+    return means, (p * (logps - means[:, None]).square()).sum(-1).sqrt()
 
 
 class Sampled(LogitsProcessor):
@@ -150,6 +169,19 @@ def generate(
 ) -> list[str]:
     """Continuations of the prompts (token ids), without special tokens: greedy, or with `seeds`, one for each prompt, sampled
     at temperature 1."""
+    found = continuations(model, tokenizer, prompts, max_new_tokens, seeds)
+    return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def continuations(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """As `generate`, the new token ids; what ended early is padded to the longest."""
     from hf_clmul.data.collation import pad_left
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -161,5 +193,24 @@ def generate(
         max_new_tokens=max_new_tokens, pad_token_id=pad, temperature=None, top_p=None, top_k=None, use_cache=True,
         logits_processor=LogitsProcessorList([] if seeds is None else [Sampled(seeds)]),
     )  # fmt: skip
-    texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return output[:, batch["input_ids"].shape[1] :].tolist()
+
+
+_MORE = ("min_length", "min_new_tokens", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias",
+         "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "force_words_ids",
+         "constraints", "watermarking_config", "guidance_scale", "encoder_repetition_penalty",
+         "encoder_no_repeat_ngram_size", "stop_strings")  # fmt: skip
+"""Settings with which the next greedy token is more than the most likely one."""
+
+
+def ends_of_greedy(model: nn.Module) -> frozenset[int] | None:
+    """The tokens at which `generate` ends; None where a teacher-forced pass may not stand in for its first steps: where the
+    weights are no float32, so that rounding decides, or the model's own settings choose other than the most likely token."""
+    settings = model.generation_config
+    given = settings.to_dict()
+    if any(given.get(name) not in (None, 0, 1.0) for name in _MORE):
+        return None
+    if any(p.dtype != torch.float32 for p in model.parameters() if p.is_floating_point()):
+        return None
+    ends = settings.eos_token_id
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

@@ -1,5 +1,5 @@
-"""What is evaluated after each request: groups (forget, retain, held out) and, for the matrix of stages and tasks, a column for
-each task and each part that is forgotten. Knows the plan; nothing of models or metrics."""
+"""What is evaluated after each request: groups (forget, retain, held out, others by name) and, for the matrix of stages and
+tasks, a column for each task and each part that is forgotten. Knows the plan; nothing of models or metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -117,10 +117,11 @@ def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Ex
     retain = [row for column in cut for row in column.rows if content(row) in kept]
     taught = {content(row) for column in columns(steps) for row in column.rows}
     retain += _sample([row for row in whole.get("retain", []) if content(row) not in taught], size, "retain")
-    asked = whole.get(PARAPHRASED, [])
+    asked = {PARAPHRASED: whole.get(PARAPHRASED, [])}
+    more = {name: _sample(whole.get(name, []), size, name) for name in recipe.evaluation.groups}
     groups = {
         name: {content(row): row for row in rows}
-        for name, rows in (("forget", forget), ("retain", retain), ("held_out", held_out), (PARAPHRASED, asked))
+        for name, rows in {"forget": forget, "retain": retain, "held_out": held_out, **asked, **more}.items()
     }
     rows = {content(row): row for column in cut for row in column.rows}
     rows |= {text: row for group in groups.values() for text, row in group.items()}
@@ -187,19 +188,17 @@ def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
             learned |= {content(e): e for e in step.roles.get("retain", [])}
         forget = {text: e for text, e in {**forget, **forgets}.items() if text not in learns}
     retain = [example for text, example in learned.items() if text not in forget]
-    named = {
-        group: _rows(recipe, name) if name is not None else []
-        for group, name in (("held_out", recipe.evaluation.held_out), ("forget", recipe.evaluation.forget))
-    }
+    named = {group: _rows(recipe, name) for group, name in untrained(recipe).items()}
     for group, rows in named.items():
+        where = f"groups.{group}" if group in recipe.evaluation.groups else group
         overlap = {content(example) for example in rows} & set(learned)
         if overlap:
             raise RecipeError(
-                f"evaluation.{group}: {len(overlap)} of its examples are learned too, such as "
+                f"evaluation.{where}: {len(overlap)} of its examples are learned too, such as "
                 f"{cut(next(iter(overlap)))}. This data must never be trained on."
             )
-    forget |= {content(example): example for example in named["forget"]}
-    whole = {"forget": list(forget.values()), "retain": retain, "held_out": named["held_out"]}
+    forget |= {content(example): example for example in named.pop("forget", [])}
+    whole = {"forget": list(forget.values()), "retain": retain, **named}
     whole[PARAPHRASED] = _paraphrases(recipe, steps, whole)
     return {name: rows for name, rows in whole.items() if rows}
 
@@ -224,6 +223,13 @@ def _paraphrases(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list
     if same := [row["caption"] for row in rows if row["caption"] in used]:
         raise RecipeError(f"{key}: {same[0]!r} is a prompt of the data, and not another one. Take it out.")
     return rows
+
+
+def untrained(recipe: Recipe) -> dict[str, str]:
+    """{group: name of its data}, of the groups that no request may learn."""
+    chosen = recipe.evaluation
+    named = {"held_out": chosen.held_out, "forget": chosen.forget, **chosen.groups}
+    return {group: name for group, name in named.items() if name is not None}
 
 
 def _rows(recipe: Recipe, name: str) -> list[Example]:

@@ -29,6 +29,7 @@ TERM_TABLES: dict[Key, str] = {  # where terms are named, and the role they play
 RULE: Key = ("unlearning", "conflict")
 RULES: tuple[Key, ...] = (("learning", "conflict"), RULE)
 DEFAULT_FAMILY = "causal_lm"
+GROUPS = ("forget", "retain", "held_out", "tasks", "unrelated")  # names of groups that have a meaning already
 BUILTIN_SPLITS = ("train", "held_out")
 GENERATED = ("prompts", "images_per_prompt", "guidance", "steps", "seed")
 NOT_GENERATED = ("name", "split", "revision", "columns", "caption")
@@ -51,6 +52,8 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
         _check_data(tree, ("data", name), problems)
     for group in ("held_out", "forget"):
         check_name(tree, ("evaluation", group), tree.section("data"), "data set", problems)
+    for group in tree.section("evaluation", "groups"):
+        _check_group(tree, ("evaluation", "groups", group), problems)
     check_requests(tree, problems)
     replays = {("requests", i, "learn", "memory"): "memory" for i, kind in requests(tree) if kind == "learn"}
     for table, role in {**TERM_TABLES, **replays}.items():
@@ -63,6 +66,13 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     _check_single_role(tree, problems)
     check_training(tree, problems)
     check_family(tree, tree.get("family", default=DEFAULT_FAMILY), problems)
+
+
+def _check_group(tree: Tree, key: Key, problems: Problems) -> None:
+    check_name(tree, key, tree.section("data"), "data set", problems)
+    if key[-1] in GROUPS:
+        hint = "choose another name" if key[-1] not in ("held_out", "forget") else f"set `evaluation.{key[-1]}`"
+        problems.at(tree, key, "is a group that every run has", hint=hint)
 
 
 def _edits(tree: Tree) -> list[str]:

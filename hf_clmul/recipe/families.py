@@ -10,7 +10,7 @@ from hf_clmul.recipe.schema import Images
 from hf_clmul.recipe.training import requests
 from hf_clmul.recipe.tree import Tree
 
-SUITES_OF = {"causal_lm": ("basic",), "diffusion": ("concepts",)}
+SUITES_OF = {"causal_lm": ("basic", "tofu"), "diffusion": ("concepts",)}
 SCORES_OF = {
     "causal_lm": ("rouge_l_recall", "answer_probability", "exact_memorization", "extraction_strength"),
     "diffusion": ("prompt_accuracy",),
@@ -22,6 +22,7 @@ NOT_OF_DIFFUSION: tuple[tuple[Key, Any, str, str], ...] = (
         ("memory", "top_k"), None, "keeps a language model's likeliest tokens, and pictures have none",
         "remove it, and replay with terms such as `memory: {denoising: {}}`",
     ),
+    (("evaluation", "groups"), {}, "names further groups of texts", "remove it"),
     (
         ("adapter", "layers"), "all", "chooses among the numbered layers of a language model",
         "remove it, and name modules in `adapter.target_modules`",

@@ -231,11 +231,14 @@ class Evaluation(Section):
 
     suites: list[str] = ["basic"]
     images: Images = Images()
-    max_examples: Count = Field(16, description="fixed examples of each task and of held_out")
+    max_examples: Count = Field(16, description="fixed examples of each task, of held_out and of `groups`")
     max_forgotten: Count | None = Field(None, description="fixed examples of what is forgotten; all, if left out")
     held_out: str | None = Field(None, description="a name from the section `data`: never trained on")
     forget: str | None = Field(
         None, description="for a reference model, which never learns it: the data that others forget"
+    )
+    groups: dict[Name, str] = Field(
+        {}, description="further groups, {group: a name from `data`}, never trained on: real_authors, world_facts, ..."
     )
     max_new_tokens: Count = 64
     batch_size: Count = 16

@@ -26,6 +26,12 @@ METRICS: dict[str, tuple[str, str]] = {
     "extraction_strength": ("Extraction strength", "share of the answer that its beginning brings out whole"),
     "exact_memorization": ("Exact memorization", "share of tokens predicted right from those before"),
     "fluency": ("Fluency", "1 minus repetition in what is generated"),
+    "base_perplexity": ("Base perplexity", "of what is generated, by the model before the first request"),
+    "question_probability": ("Question probability", "of the true answer after the question in other words, per token"),
+    "normalised_probability": ("Normalised probability", "of the true answer among it and the wrong ones"),
+    "truth_ratio_near_one": ("Truth ratio near one", "is 1 if it cannot tell the truth from wrong answers"),
+    "truth_ratio_truth_first": ("Truth ratio, truth first", "is 1 if it clearly prefers the truth to wrong answers"),
+    "truth_share": ("Truth share", "of the truth among it and wrong answers; 0.5 if it cannot tell them apart"),
     "prompt_accuracy": ("Prompt accuracy", "share of the pictures in which all that the prompt names is seen"),
     "unlearning_accuracy": (
         "UA",

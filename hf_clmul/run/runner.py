@@ -24,7 +24,7 @@ from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.receipt import receipt
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan.columns import evaluated, groups, shown, texts
+from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained
 from hf_clmul.plan.notes import notes
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import dump_recipe
@@ -62,12 +62,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, shown(recipe, steps))
-        chosen, how = evaluated(recipe, shown(recipe, steps), whole), _measuring(recipe)
-        named = [
-            load_examples(recipe.data[name], name)
-            for name in (recipe.evaluation.held_out, recipe.evaluation.forget)
-            if name
-        ]
+        chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring_of(recipe)
+        named = [load_examples(recipe.data[name], name) for name in untrained(recipe).values()]
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
         found: list[dict[str, Any] | None] = []  # of the main process
         on_main_first(state, lambda: (found.append(reference_for(recipe, chosen)), held.enter_context(folder.locked())))
@@ -257,7 +253,7 @@ def _plain(how: Measuring | Images) -> dict[str, Any]:
     return how.model_dump() if isinstance(how, Images) else asdict(how)
 
 
-def _measuring(recipe: Recipe) -> Measuring | Images:
+def measuring_of(recipe: Recipe) -> Measuring | Images:
     """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so."""
     if recipe.family == "diffusion":
         return recipe.evaluation.images

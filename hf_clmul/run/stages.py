@@ -3,13 +3,17 @@ the plan's columns and the suites; nothing of training or export."""
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from hf_clmul.evaluation.suite_table import SUITE_FUNCTIONS, merged, results
+from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.hashes import digest
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.plan.steps import Step
+from hf_clmul.run import chunks
 from hf_clmul.run.request import Run
 
 Row = dict[str, Any]
@@ -29,25 +33,55 @@ def measure_stage(run: Run, step: Step | None, stage: dict[str, Any]) -> None:
     if again and before["evaluated"] == chosen:
         return
     rows = {**_unchanged(run, step), **(_kept(run, step) if again else {})}
+    place = run.folder.stage(step)
     for names, texts in _served(run, step, [text for text in wanted.rows if wanted.key(text) not in rows]).items():
         examples = [wanted.rows[text] for text in texts]
-        with adapters.serving(run.model, names) as model:
-            found = run.loaded.measure(model, examples, run.how, f"evaluating {stage['title']}")
+        weights = [stage.get("weights_sha256"), _weights(names, run.versions), names]
+        size = chunks.BATCHES * run.how.batch_size if isinstance(run.how, Measuring) else None
+        found = chunks.measured(
+            examples,
+            size,
+            place,
+            [run.measured, weights],
+            partial(_measure, run, names, f"evaluating {stage['title']}"),
+        )
         rows |= {wanted.key(text): row for text, row in zip(texts, found, strict=True)}
     if run.main:
-        place = run.folder.stage(step)
         lines = [json.dumps({"group": wanted.group(text), "task": wanted.task_of.get(text), **rows[wanted.key(text)]}) + "\n"
                  for text in wanted.rows]  # fmt: skip
         atomic_write(place / "examples.jsonl", "".join(lines))
         first = rows if step is None else _kept(run, None)
         by_column = {f"tasks/{column.name}": wanted.texts(column) for column in wanted.columns}
+        groups = _summary(run, wanted.groups, rows, first, run.recipe.evaluation.samples)
         record = {
-            **stage, "groups": _summary(run, wanted.groups, rows, first, run.recipe.evaluation.samples),
+            **stage, "groups": groups, "suites": _add_suites(run, groups, rows),
             "tasks": _columns(wanted, _summary(run, by_column, rows, first, 0)),
             "adapters": run.versions, "measured": run.measured, "evaluated": chosen,
         }  # fmt: skip
         atomic_write(place / "result.json", json.dumps(record, indent=1) + "\n")
+        chunks.forget(place)
     run.state.wait_for_everyone()
+
+
+def _measure(run: Run, names: Sequence[str], title: str, examples: Sequence[Row]) -> list[Row]:
+    """With these adapters. Where adapters train, the model without them is the base that reads what was generated."""
+    with adapters.serving(run.model, names) as model:
+        found = run.loaded.measure(model, examples, run.how, title)
+    if run.recipe.adapter is not None and run.recipe.family == "causal_lm":
+        with adapters.serving(run.model, ()) as base:
+            run.loaded.score_generated(base, examples, found, run.how, f"{title}, base")
+    return found
+
+
+def _add_suites(run: Run, groups: dict[str, Any], rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Puts the values of further suites into the groups; returns those that are of no single group."""
+    suites = [name for name in run.recipe.evaluation.suites if name in SUITE_FUNCTIONS and name != "basic"]
+    tables = {name: [rows[key] for key in map(run.evaluated.key, texts) if key in rows]
+              for name, texts in run.evaluated.groups.items()}  # fmt: skip
+    found = results(suites, tables)
+    for group, entry in found["groups"].items():
+        groups[group] = merged(groups[group], entry)
+    return found["suites"]
 
 
 def _served(run: Run, step: Step | None, texts: Sequence[str]) -> dict[tuple[str, ...], list[str]]:

@@ -1,0 +1,56 @@
+"""Tables of measured rows as parquet files, written whole or not at all. Knows files; nothing of what a row means.
+
+Everything passes through memory: the cache in which `datasets` keeps what it reads from files would be one more place with
+texts that were to be forgotten.
+"""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_clmul.errors import RunError
+from hf_clmul.paths import atomic_write
+
+Row = dict[str, Any]
+SUFFIX = ".parquet"
+
+
+def write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes rows, one per example; where a row lacks another's key, None is written.
+
+    Raises RunError if the place cannot be written, ValueError for columns that hold values of several kinds.
+    """
+    import datasets
+    import pyarrow
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    try:
+        table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"no table can be made of these rows: {error}") from error
+    content = io.BytesIO()
+    table.to_parquet(content)
+    atomic_write(path, content.getvalue())
+
+
+def read_table(path: Path, columns: Iterable[str] = ()) -> list[Row]:
+    """The rows of a table, with at least these columns. Raises RunError for a file that is missing, damaged or of another
+    kind, and says what to do."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    remedy = "Delete it and give the command that made it again: what is measured is written anew."
+    try:
+        content = io.BytesIO(Path(path).read_bytes())
+        rows = datasets.Dataset(datasets.table.InMemoryTable(parquet.read_table(content))).to_list()
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no such table. Give the command that makes it again.") from None
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise RunError(f"{path} cannot be read as a table of measured examples: {reason}\n{remedy}") from error
+    missing = [name for name in columns if rows and name not in rows[0]]
+    if missing:
+        raise RunError(f"{path} has no column {missing[0]!r}: it was written by another version. {remedy}")
+    return rows

@@ -1,0 +1,194 @@
+"""`hf-clmul evaluate`: a finished run measured again gives what the run says; tables are read back; bad input is explained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import execute, write_recipe
+from typer.testing import CliRunner
+
+from hf_clmul.cli import app
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.tables import read_table
+from hf_clmul.families import loaded as measuring
+from hf_clmul.run import chunks
+from hf_clmul.run.evaluate import evaluate, read_evaluation
+
+MORE = (
+    "evaluation: {held_out: strangers,",
+    "evaluation: {groups: {world_facts: facts}, suites: [basic, tofu], held_out: strangers,",
+)
+FACTS = ("  strangers:", "  facts: {path: ./facts.jsonl}\n  strangers:")
+LAST = "01-unlearn-one"
+
+
+def results(root: Path) -> dict[str, Any]:
+    return json.loads((root / "results.json").read_text())
+
+
+def made(folder: Path, kind: str) -> Path:
+    facts = [{"question": f"What is {i} and {i}?", "answer": f"It is {2 * i}.", "perturbed_answers": ["A lot.", "Nothing."]}
+             for i in range(3)]  # fmt: skip
+    (folder / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in facts))
+    return execute(write_recipe(folder, kind, MORE, FACTS), folder / "out").parents[1]
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def run(request, tmp_path_factory) -> Path:
+    return made(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def counted(monkeypatch) -> list[int]:
+    seen, measure = [], measuring.measure
+    monkeypatch.setattr(
+        measuring, "measure",
+        lambda model, tokenizer, rows, *rest: seen.append(len(rows["rows"])) or measure(model, tokenizer, rows, *rest),
+    )  # fmt: skip
+    return seen
+
+
+def test_a_stage_has_groups_by_name_and_what_is_of_no_single_group(run):
+    stage = results(run)["stages"][-1]
+    assert {name: group["examples"] for name, group in stage["groups"].items()} == {
+        "forget": 8, "retain": 2, "held_out": 2, "world_facts": 2
+    }  # fmt: skip
+    facts, forget = (stage["groups"][name] for name in ("world_facts", "forget"))
+    assert facts["metrics"]["normalised_probability"] > 0 and facts["metrics"]["truth_ratio"] is not None
+    assert facts["metrics"]["paraphrase_probability"] == facts["metrics"]["answer_probability"], "as TOFU has it"
+    assert forget["counts"]["answer_probability"] == 8 and len(forget["intervals"]["answer_probability"]) == 2
+    assert stage["suites"]["tofu"]["metrics"] == {"model_utility": None, "forget_quality": None}
+    assert "group `real_authors` was not measured" in stage["suites"]["tofu"]["absent"]["model_utility"]
+    adapter = "adapter" in results(run)["name"] or results(run)["export"]["kind"] == "adapter"
+    assert (forget["metrics"]["base_perplexity"] is not None) is adapter
+    assert ("base_perplexity" in forget["absent"]) is not adapter
+
+
+def test_the_exported_model_is_what_the_run_measured(run, monkeypatch):
+    seen = counted(monkeypatch)
+    files = evaluate(str(run), suites=["basic", "tofu"], reference=run)
+    assert files == [run / "evaluation" / "basic.json", run / "evaluation" / "tofu.json"] and seen == [14]
+    stage = results(run)["stages"][-1]["groups"]
+    basic, tofu = map(read_evaluation, files)
+    for group, found in basic["groups"].items():
+        same = {name: value for name, value in found["metrics"].items() if value is not None}
+        assert "answer_probability" in same and same == pytest.approx(
+            {n: stage[group]["metrics"][n] for n in same}, rel=1e-4
+        )
+    assert tofu["suites"]["tofu"]["metrics"]["forget_quality"] == 1.0, "against itself"
+    assert tofu["reference"] == "out" and tofu["target"] == "out"
+    # A second time everything is read back; so is what was measured where only another suite is asked for.
+    assert evaluate(str(run), suites=["tofu"]) == [run / "evaluation" / "tofu.json"] and seen == [14]
+    assert "no such reference" in read_evaluation(files[1])["suites"]["tofu"]["absent"]["forget_quality"]
+    tables = sorted((run / "evaluation" / "tables").iterdir())
+    assert [path.name.rsplit("-", 1)[0] for path in tables] == ["forget", "held_out", "retain", "world_facts"]
+    assert {row["group"] for row in read_table(tables[0])} == {"forget"}
+    # Another setting measures anew and replaces the tables.
+    evaluate(str(run), overrides=["evaluation.max_new_tokens=3"], suites=["basic"])
+    assert seen == [14, 14] and len(list((run / "evaluation" / "tables").iterdir())) == 4
+    tables[0].exists() and pytest.fail("the old table is left")
+
+
+def test_the_command_prints_values_and_reasons(run):
+    done = CliRunner().invoke(app, ["evaluate", str(run), "--suites", "tofu"])
+    assert done.exit_code == 0, done.output
+    assert "model_utility" in done.output and "absent" in done.output and "tofu.json" in done.output
+
+
+def test_another_model_is_measured_with_a_recipe(run, tmp_path):
+    (file,) = evaluate(str(run / "model"), recipe=str(run / "recipe.yaml"), suites=["basic"], output=tmp_path / "there")
+    found, stage = read_evaluation(file), results(run)["stages"][-1]["groups"]
+    assert file == tmp_path / "there" / "basic.json"
+    for group in ("forget", "retain"):
+        one, other = found["groups"][group]["metrics"], stage[group]["metrics"]
+        assert one["answer_probability"] == pytest.approx(other["answer_probability"], rel=1e-4)
+
+
+def test_bad_input_is_explained(run, tmp_path):
+    with pytest.raises(RunError, match="is not a run folder. Give one, or name the data to measure with: --recipe"):
+        evaluate(str(tmp_path))
+    with pytest.raises(RunError, match="there is no suite 'tofuu' for language models; there are: basic, tofu"):
+        evaluate(str(run), suites=["tofuu"])
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    (half / "results.json").write_text(json.dumps({**results(run), "status": "running"}))
+    with pytest.raises(RunError, match="half is not complete, so that there is no model to measure"):
+        evaluate(str(half))
+    record = json.loads(evaluate(str(run), suites=["basic"])[0].read_text())
+    for content, told in (
+        ("{", "is no record of an evaluation"),
+        (json.dumps({**record, "schema": 0}), "has schema 0"),
+    ):
+        (tmp_path / "r.json").write_text(content)
+        with pytest.raises(RunError, match=told):
+            read_evaluation(tmp_path / "r.json")
+    (table,) = (run / "evaluation" / "tables").glob("forget-*")
+    whole = table.read_bytes()
+    table.write_bytes(whole[:100])
+    with pytest.raises(RunError, match="cannot be read as a table of measured examples"):
+        evaluate(str(run), suites=["basic"])
+    table.write_bytes(whole)
+
+
+def test_a_further_group_that_is_learned_is_refused(tmp_path):
+    recipe = write_recipe(tmp_path, "full", ("held_out: strangers,", "groups: {world_facts: people},"))
+    with pytest.raises(RecipeError, match=r"evaluation.groups.world_facts: 16 of its examples are learned too"):
+        execute(recipe, tmp_path / "out")
+    recipe = write_recipe(tmp_path, "full", ("held_out: strangers,", "groups: {retain: strangers, other: nobody},"))
+    with pytest.raises(RecipeError) as error:
+        execute(recipe, tmp_path / "out")
+    assert "evaluation.groups.retain: is a group that every run has; choose another name" in str(error.value)
+    assert "evaluation.groups.other: unknown data set" in str(error.value)
+
+
+# ---- what a kill leaves ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "BATCHES", 1)
+    recipe = write_recipe(tmp_path, "lora", ("max_new_tokens: 4", "max_new_tokens: 4, batch_size: 5"))
+    execute(recipe, tmp_path / "whole")
+    seen, measure = [], measuring.measure
+
+    def killed(model: Any, tokenizer: Any, rows: Any, *rest: Any) -> Any:
+        seen.append(len(rows["rows"]))
+        if len(seen) == 5:  # two chunks of the second stage are done
+            raise KeyboardInterrupt
+        return measure(model, tokenizer, rows, *rest)
+
+    monkeypatch.setattr(measuring, "measure", killed)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        execute(recipe, out)
+    base, learned = seen[:3], seen[3:]
+    assert base == [5, 5, 2] and learned == [5, 5]
+    assert len(list((out / "requests/00-learn-people/measured").iterdir())) == 1
+    execute(recipe, out)
+    assert seen == [5, 5, 2, 5, 5, 5, 2, 5, 5, 2], "the first chunk of the second stage is read back"
+    assert not list(out.rglob("measured"))
+    for name in ("base", "requests/00-learn-people", f"requests/{LAST}"):
+        assert (out / name / "examples.jsonl").read_text() == (tmp_path / "whole" / name / "examples.jsonl").read_text()
+
+
+def test_chunks_of_other_weights_or_settings_are_not_taken(tmp_path):
+    def one(examples: Any) -> list[dict[str, Any]]:
+        return [{"value": e, "by": "one"} for e in examples]
+
+    def stop(examples: Any) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    def two(examples: Any) -> list[dict[str, Any]]:
+        return [{"value": e, "by": "two"} for e in examples]
+
+    assert [row["by"] for row in chunks.measured([1, 2, 3], 2, tmp_path, "a", one)] == ["one"] * 3
+    assert [row["by"] for row in chunks.measured([1, 2, 3], 2, tmp_path, "a", stop)] == ["one"] * 3
+    assert [row["by"] for row in chunks.measured([1, 2, 3], 2, tmp_path, "b", two)] == ["two"] * 3
+    assert [row["by"] for row in chunks.measured([1, 2, 4], 2, tmp_path, "a", two)] == ["one", "one", "two"]
+    assert chunks.measured([], 2, tmp_path, "a", stop) == []
+    chunks.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_added_suite_is_no_column_of_the_matrix(run):
+    assert all(set(found) == {"examples", "rows", "metrics"} for found in results(run)["stages"][-1]["tasks"].values())

@@ -1,0 +1,50 @@
+"""What evaluation leaves beside a stage's records, tables and finished parts of a stage, is searched and blanked as well."""
+
+import json
+
+import pytest
+from ledger_bed import GONE, LATER, MODEL, PEOPLE, STATE, Bed, lines, write
+
+from hf_clmul.errors import RunError
+from hf_clmul.evaluation.tables import read_table, write_table
+from hf_clmul.ledger.scan import scan
+from hf_clmul.ledger.scan_redact import redact
+from hf_clmul.ledger.scan_text import ERASED
+
+TABLE, PART = "evaluation/tables/forget-0123456789abcdef.parquet", "requests/00-learn-people/measured/ab.jsonl"
+ROWS = [
+    {**row, "group": "forget", "generated": f"so: {row['answer']}", "logps": [-0.5, -1.25]} for row in PEOPLE.values()
+]
+
+
+@pytest.fixture
+def bed(tmp_path):
+    made = Bed(tmp_path / "small")
+    made.run()
+    made.learn()
+    made.unlearn(deleted=made.delete(STATE))
+    made.export()
+    write_table(ROWS, made.root / TABLE)
+    write(made.root / PART, lines(ROWS))
+    return made
+
+
+def test_tables_that_quote_are_found_and_blanked_with_every_figure_kept(bed):
+    assert [(f.kind, f.path) for f in scan(bed.root) if f.wrong] == [("evaluation", TABLE), ("evaluation", PART)]
+    assert redact(bed.root) == [TABLE, PART]
+    blank = [
+        {**row, **(dict.fromkeys(("question", "answer", "generated"), ERASED) if row["id"] in GONE else {})}
+        for row in ROWS
+    ]
+    assert read_table(bed.root / TABLE) == blank
+    assert [json.loads(line) for line in (bed.root / PART).read_text().splitlines()] == blank
+    raw = (bed.root / TABLE).read_bytes()
+    assert all(PEOPLE[name]["answer"].encode() not in raw for name in GONE)
+    assert {(f.kind, f.path) for f in scan(bed.root)} >= {("approximate", LATER), ("approximate", MODEL)}
+    assert not [f for f in scan(bed.root) if f.wrong] and redact(bed.root) == []
+
+
+def test_a_damaged_table_is_not_passed_over(bed):
+    (bed.root / TABLE).write_bytes(b"PAR1 and no more")
+    with pytest.raises(RunError, match="cannot be read as a table of measured examples"):
+        scan(bed.root)
