@@ -38,10 +38,10 @@ from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run.hub import push
 from hf_clmul.run.ledger import RunLedger, check_ledger
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.measuring import measuring
 from hf_clmul.run.request import Run, carry_out, draw_pictures, on_main_first, prepare, superseded, try_first
 from hf_clmul.run.results import hardware, record, reference_of, shared, versions
 from hf_clmul.run.stages import measure_stage
-from hf_clmul.training_args import ClmulConfig
 
 
 def run_recipe(recipe: Recipe, output: Path) -> Path:
@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, shown(recipe, steps))
-        chosen, how = evaluated(recipe, shown(recipe, steps), whole), _measuring(recipe)
+        chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring(recipe)
         named = [
             load_examples(recipe.data[name], name)
             for name in (recipe.evaluation.held_out, recipe.evaluation.forget)
@@ -228,17 +228,3 @@ def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
 
 def _plain(how: Measuring | Images) -> dict[str, Any]:
     return how.model_dump() if isinstance(how, Images) else asdict(how)
-
-
-def _measuring(recipe: Recipe) -> Measuring | Images:
-    """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so."""
-    if recipe.family == "diffusion":
-        return recipe.evaluation.images
-    trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
-    lengths = [training.get("max_length", ClmulConfig.max_length) for training in trainings]
-    return Measuring(
-        recipe.evaluation.batch_size,
-        recipe.evaluation.max_new_tokens,
-        all(training.get("bf16", False) for training in trainings),
-        None if None in lengths else max(lengths),
-    )
