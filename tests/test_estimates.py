@@ -79,7 +79,7 @@ def test_blocks_of_draws_change_no_value_and_leave_no_draw_out(monkeypatch):
     found = mean_estimate(ones, draws=50_000 // 10 + 1)
     assert (found.low, found.high) == pytest.approx(tuple(binom.ppf([0.025, 0.975], 40, 0.75) / 40), abs=0.026)
     assert len(estimates._means(np.array(ones), 0, 7)) == 7
-    assert [len(a) for a in estimates._drawn_aucs([(ones, ones), (ones, ones)], 0, 7)] == [7, 7]
+    assert [len(a) for a in estimates.drawn_aucs([(ones, ones), (ones, ones)], 0, 7)] == [7, 7]
 
 
 class TestAuc:
@@ -115,7 +115,7 @@ class TestAuc:
         # Two positives around one level of two equal negatives: a draw is 0, 1/2 or 1.
         found = auc_estimate([0.0, 2.0], [1.0, 1.0])
         assert found == Estimate(0.5, 4, 0.0, 1.0)
-        assert set(estimates._drawn_aucs([([0.0, 2.0], [1.0, 1.0])], 0, 200)[0]) == {0.0, 0.5, 1.0}
+        assert set(estimates.drawn_aucs([([0.0, 2.0], [1.0, 1.0])], 0, 200)[0]) == {0.0, 0.5, 1.0}
 
     def test_the_interval_covers_the_truth(self):
         rng = np.random.default_rng(3)

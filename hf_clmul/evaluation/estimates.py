@@ -36,7 +36,7 @@ def mean_estimate(values: Sequence[float | None], seed: int = 0, draws: int = DR
     found = _finite([value for value in values if value is not None], "mean")
     if not len(found):
         return None
-    return _estimate(float(found.mean()), len(found), _means(found, seed, draws))
+    return from_draws(float(found.mean()), len(found), _means(found, seed, draws))
 
 
 def gap_estimate(
@@ -57,7 +57,7 @@ def gap_estimate(
         return None
     run, reference = (_finite(side, "gap") for side in zip(*both, strict=True))
     difference = run - reference
-    return _folded(_estimate(float(difference.mean()), len(difference), _means(difference, seed, draws)))
+    return _folded(from_draws(float(difference.mean()), len(difference), _means(difference, seed, draws)))
 
 
 def auc(positives: Sequence[float], negatives: Sequence[float]) -> float:
@@ -72,9 +72,9 @@ def auc(positives: Sequence[float], negatives: Sequence[float]) -> float:
 
 def auc_estimate(positives: Sequence[float], negatives: Sequence[float], seed: int = 0, draws: int = DRAWS) -> Estimate:
     """`auc`; `n` counts both sides, and a draw takes as many of each side as there are."""
-    (drawn,) = _drawn_aucs([(positives, negatives)], seed, draws)
+    (drawn,) = drawn_aucs([(positives, negatives)], seed, draws)
     n = len(positives) + len(negatives)
-    return _estimate(auc(positives, negatives), n, drawn, min(len(positives), len(negatives)))
+    return from_draws(auc(positives, negatives), n, drawn, min(len(positives), len(negatives)))
 
 
 def auc_gap_estimate(run: Pair, reference: Pair, seed: int = 0, draws: int = DRAWS) -> Estimate:
@@ -85,8 +85,8 @@ def auc_gap_estimate(run: Pair, reference: Pair, seed: int = 0, draws: int = DRA
     sizes = [tuple(map(len, pair)) for pair in (run, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"a gap of AUCs is over the same examples; found {sizes[0]} and {sizes[1]} scores")
-    of_run, of_reference = _drawn_aucs([run, reference], seed, draws)
-    signed = _estimate(auc(*run) - auc(*reference), sum(sizes[0]), of_run - of_reference, min(sizes[0]))
+    of_run, of_reference = drawn_aucs([run, reference], seed, draws)
+    signed = from_draws(auc(*run) - auc(*reference), sum(sizes[0]), of_run - of_reference, min(sizes[0]))
     return _folded(signed)
 
 
@@ -95,12 +95,16 @@ def bootstrap(
 ) -> Estimate:
     """Any statistic of n examples: `statistic` gets the indices [n] of the drawn ones; `value` is that of all."""
     drawn = np.array([statistic(index) for block in _indices(np.random.default_rng(seed), n, draws) for index in block])
-    return _estimate(value, n, drawn)
+    return from_draws(value, n, drawn)
 
 
-def _estimate(value: float, n: int, drawn: np.ndarray, smallest: int | None = None) -> Estimate:
-    """`smallest`: the size of the smallest sample that was drawn from, if not n."""
-    if (n if smallest is None else smallest) < 2:
+def from_draws(value: float, n: int, drawn: np.ndarray, smallest: int | None = None) -> Estimate:
+    """The estimate of `value`, of n examples, whose `drawn` [draws] are the same statistic of other draws of them.
+
+    `smallest`: the size of the smallest sample that was drawn from, if not n. Without an interval for a single example,
+    and where the statistic is not finite in some draw.
+    """
+    if (n if smallest is None else smallest) < 2 or not np.isfinite(drawn).all():
         return Estimate(value, n, None, None)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, n, float(low), float(high))
@@ -161,8 +165,8 @@ def _aucs(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
 
 
-def _drawn_aucs(pairs: Sequence[Pair], seed: int, draws: int) -> list[np.ndarray]:
-    """The AUCs [draws] of each pair; the same examples are drawn in all pairs."""
+def drawn_aucs(pairs: Sequence[Pair], seed: int = 0, draws: int = DRAWS) -> list[np.ndarray]:
+    """The AUCs [draws] of each pair, all pairs of the same sizes; a draw takes the same examples in all of them."""
     coded, found = _codes(pairs), [[] for _ in pairs]
     sizes = [len(side) for side in coded[0][0]]
     # One generator a side: blocks of another length must not change what the other side draws.
