@@ -145,6 +145,28 @@ def run(
 
 
 @app.command()
+def reference(
+    recipe: Source,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: in the cache, where `run` finds it.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Its seed; not that of the run, if left out.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, each with the next seed.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Train the same model without what the recipe unlearns, once: what a run is compared with."""
+    with errors_explained(debug):
+        from hf_clmul.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, overrides or ())
+        from hf_clmul.run.retrained import make_references
+
+        for place, was_there in make_references(loaded, output, seed, seeds):
+            say(f"reference: {place}" + " (was there already)" * was_there)
+
+
+@app.command()
 def validate(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a recipe and list all its problems. Opens neither the model nor the data."""
     with errors_explained(debug):
@@ -167,6 +189,7 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
 
         loaded = load_recipe(recipe, overrides or ())
         from hf_clmul.report.words import format_bytes
+        from hf_clmul.run.reference import about_reference
         from hf_clmul.run.runner import plan_recipe
 
         rows = plan_recipe(loaded)
@@ -184,6 +207,8 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
             if row["instead"]:
                 again = ", ".join(row["instead"]["trainings"])
                 say(f"  exact would be to train again, without these rows: {again} ({row['instead']['steps']:,} steps)")
+        if (reference_line := about_reference(loaded)) is not None:
+            say(reference_line)
 
 
 def _count(number: int | None) -> str:

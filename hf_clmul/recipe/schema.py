@@ -231,7 +231,10 @@ class Evaluation(Section):
     )
     max_new_tokens: Count = 64
     batch_size: Count = 16
-    reference: str | None = Field(None, description="JSON file with the figures of the retrained model")
+    reference: str | None = Field(
+        None,
+        description="JSON file with the figures of the retrained model, or its run folder; null or auto: the one in the cache",
+    )
     score: Literal[
         "rouge_l_recall", "answer_probability", "exact_memorization", "extraction_strength", "prompt_accuracy"
     ] = Field("rouge_l_recall", description="the metric of the matrix of stages and tasks")

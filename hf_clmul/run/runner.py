@@ -40,7 +40,8 @@ from hf_clmul.run.ledger import RunLedger, check_ledger
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.measuring import measuring
 from hf_clmul.run.request import Run, carry_out, draw_pictures, on_main_first, prepare, superseded, try_first
-from hf_clmul.run.results import hardware, record, reference_of, shared, versions
+from hf_clmul.run.results import hardware, record, shared, versions
+from hf_clmul.run.retrained import reference_for
 from hf_clmul.run.stages import measure_stage
 
 
@@ -67,14 +68,17 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
             if name
         ]
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
-        on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
+        found: list[dict[str, Any] | None] = []  # of the main process
+        on_main_first(state, lambda: (found.append(reference_for(recipe, chosen)), held.enter_context(folder.locked())))
+        reference = found[0] if found else None
         on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
                 loaded = load_of(recipe, texts(whole))
             model = loaded.to(state.device)
-            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model), began)
+            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference), began)
+        on_main_first(state, lambda: _refer(folder, reference))
         on_main_first(state, lambda: _close(recipe, folder, steps))
     return folder.report
 
@@ -167,6 +171,14 @@ def _finish(run: Run, began: float) -> None:
     _write_json(run.folder.results, whole)
 
 
+def _refer(folder: RunFolder, reference: dict[str, Any] | None) -> None:
+    """Puts beside a complete run a reference that was trained since. The card in `model/` stays as it was exported."""
+    results = json.loads(folder.results.read_text("utf-8"))
+    if reference is not None and results["reference"] != reference:
+        _write_json(folder.results, {**results, "reference": reference})
+        folder.report.unlink(missing_ok=True)
+
+
 def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
     """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
     if not folder.report.is_file():
@@ -183,7 +195,8 @@ def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
 def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     stages = [stage for stage in map(run.folder.result, [None, *run.steps]) if stage is not None]
     events = ledger.verify(run.folder.ledger)
-    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, run.loaded.about, events, began)
+    about = run.loaded.about
+    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, about, events, began, run.reference)
     now = {column.name: run.evaluated.digest(column) for column in run.evaluated.columns}
     like = [{**s, "tasks": {c: t for c, t in s["tasks"].items() if t["rows"] == now.get(c)}} for s in stages]
     stream = stream_record(like, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
