@@ -22,18 +22,18 @@ def print_audit(record: Mapping[str, Any], console: "Console") -> None:
 def audit_table(record: Mapping[str, Any]) -> "Table":
     """Attacks and their points as rows, metrics as columns: the run's value and, of a reference, its value under the same attack.
     What came back is marked."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     metrics = list(record["before"])
-    referenced = record["reference"] is not None
-    table = Table(title=Text(f"{record['name']}: does it come back?"), title_justify="left", caption_justify="left")
-    table.caption = "run / reference under the same attack; * came back: the intervals are apart" if referenced else (
-        "* came back: the intervals are apart. No reference: " + record["reference_missing"]
-    )  # fmt: skip
-    table.add_column("attack", overflow="fold", min_width=18)
+    beside = "run / reference under the same attack; " if record["reference"] is not None else ""
+    caption = Text(f"{beside}* came back: the intervals are apart")
+    table = Table(title=Text(f"{record['name']}: does it come back?"), caption=caption, box=box.SIMPLE_HEAD)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("attack", overflow="fold", min_width=12)
     for name in metrics:
-        table.add_column(Text(word(name)), justify="right", max_width=14, overflow="fold")
+        table.add_column(Text(word(name)), justify="right", max_width=12, overflow="fold")
     table.add_row(Text("before any attack", style="bold"), *(_cell(record["before"].get(name)) for name in metrics))
     for attack in record["attacks"]:
         table.add_section()

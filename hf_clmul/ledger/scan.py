@@ -191,7 +191,8 @@ def is_evaluation(name: str) -> bool:
     """Records that quote what was measured, forgotten examples among them, and the page that shows them."""
     parts = PurePosixPath(name).parts
     stage = parts[:-1] == ("base",) or (len(parts) == 3 and parts[0] == "requests")
-    return name in ("results.json", REPORT) or (stage and parts[-1] in ("examples.jsonl", "result.json"))
+    audit = parts[0] == "audit" and name.endswith(".json")
+    return name in ("results.json", REPORT) or audit or (stage and parts[-1] in ("examples.jsonl", "result.json"))
 
 
 def _files(root: Path) -> Iterable[Path]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
 from hf_clmul.recipe.schema import Recipe
+from hf_clmul.report.page import write_report
 from hf_clmul.run.audit_families import Prepared, prepared
 from hf_clmul.run.folder import COMPLETE, RunFolder
 from hf_clmul.run.ledger import check_ledger
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.reference import NoReference, found_reference, reference_recipe
 from hf_clmul.run.results import hardware, peak_memory, versions
 
 BEFORE = "before"
@@ -63,7 +66,15 @@ def audit_run(
     recipe = load_recipe(folder.recipe, [_whole_key(override) for override in overrides])
     with quiet_libraries(), folder.locked():
         check_ledger(folder)
-        return audit(recipe, folder, results, _chosen(plain, recipe, names), reference)
+        record = audit(recipe, folder, results, _chosen(plain, recipe, names), reference)
+        if not folder.report.is_file():
+            write_report(folder.root)
+        return record
+
+
+def audit_after(recipe: Recipe, folder: RunFolder) -> None:
+    """The audit that a recipe asks for at the end of its run (`audit.after_run`), in a folder that is locked."""
+    audit(recipe, folder, _results(folder), _chosen(recipe, recipe, None))
 
 
 def audit(
@@ -151,7 +162,7 @@ def _record(
     entries = [_entry(name, options, found[name], recipe.seed) for name, options in attacks.items()]
     return {
         "schema": SCHEMA,
-        "run": str(own.folder.parent),
+        "run": own.folder.parent.resolve().name,
         "name": own.name,
         "model_sha256": own.sha256,
         "reference": None if other is None else {"folder": str(other.folder), "name": other.name},
@@ -199,9 +210,10 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
         return
     text = json.dumps(record, indent=1) + "\n"
     atomic_write(file, text)
+    folder.report.unlink(missing_ok=True)  # it shows an earlier audit, or none
     ledger.append(
         folder.ledger, "audited", attacks=[entry["attack"] for entry in record["attacks"]],
-        model_sha256=record["model_sha256"], reference=record["reference"] and record["reference"]["name"], record_sha256=digest(new),
+        model_sha256=record["model_sha256"], reference=record["reference"] and record["reference"]["name"], record_sha256=sha256(text.encode()).hexdigest(),
     )  # fmt: skip
 
 
@@ -244,20 +256,14 @@ def _reference(recipe: Recipe, given: Path | None) -> tuple[Model | None, str | 
     """The reference that a user names, else the one that was trained for the recipe; or why there is none."""
     if given is not None:
         return _model_at(given), None
-    from importlib.util import find_spec
-
-    if find_spec("hf_clmul.run.reference") is None:
-        return None, "none was given with --reference"
-    from hf_clmul.run.reference import found_reference, reference_recipe
-
+    found = found_reference(recipe)
+    if found is not None:
+        return _model_at(found), None
     try:
         reference_recipe(recipe)
-    except RecipeError as error:
-        return None, str(error)
-    found = found_reference(recipe)
-    if found is None:
-        return None, "none was trained; `hf-clmul reference RECIPE` does it"
-    return _model_at(found), None
+    except NoReference as error:
+        return None, str(error).rstrip(".")
+    return None, "none was trained yet, `hf-clmul reference RECIPE` does it"
 
 
 def _model_at(place: Path) -> Model:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from hf_clmul.data.sources import Example
-from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.errors import RunError
 from hf_clmul.evaluation.comparison import examples
 from hf_clmul.evaluation.metrics import Row
 from hf_clmul.evaluation.suites import shown

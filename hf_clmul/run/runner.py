@@ -2,6 +2,7 @@
 Knows all rooms by their doors; mathematics and file formats live elsewhere."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ from hf_clmul.report.claims import EXACT, FILTER
 from hf_clmul.report.model_card import model_card
 from hf_clmul.report.page import write_report
 from hf_clmul.run import carried
+from hf_clmul.run.audit import audit_after
+from hf_clmul.run.audit_families import prepared
 from hf_clmul.run.export import REPORT, Wanted, export
 from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run.hub import push
@@ -43,6 +46,8 @@ from hf_clmul.run.request import Run, carry_out, draw_pictures, on_main_first, p
 from hf_clmul.run.results import hardware, record, shared, versions
 from hf_clmul.run.retrained import reference_for
 from hf_clmul.run.stages import measure_stage
+
+log = logging.getLogger(__name__)
 
 
 def run_recipe(recipe: Recipe, output: Path) -> Path:
@@ -60,6 +65,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         _wanted(recipe, steps)  # a mistake there must not cost hours
+        if _is_audited(recipe, steps):
+            prepared(recipe, steps, state.device)
         whole = groups(recipe, shown(recipe, steps))
         chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring(recipe)
         named = [
@@ -78,7 +85,9 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
                 loaded = load_of(recipe, texts(whole))
             model = loaded.to(state.device)
             _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference), began)
+            del model, loaded  # the audit loads its own, one at a time
         on_main_first(state, lambda: _refer(folder, reference))
+        on_main_first(state, lambda: _audited(recipe, folder, steps, state))
         on_main_first(state, lambda: _close(recipe, folder, steps))
     return folder.report
 
@@ -177,6 +186,21 @@ def _refer(folder: RunFolder, reference: dict[str, Any] | None) -> None:
     if reference is not None and results["reference"] != reference:
         _write_json(folder.results, {**results, "reference": reference})
         folder.report.unlink(missing_ok=True)
+
+
+def _is_audited(recipe: Recipe, steps: Sequence[Step]) -> bool:
+    """A reference, made from a recipe without its unlearn requests, is attacked beside the run only."""
+    return recipe.audit.after_run and any(step.kind == "unlearn" for step in steps)
+
+
+def _audited(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], state: PartialState) -> None:
+    """The audit, where the recipe wants one."""
+    if not _is_audited(recipe, steps):
+        return
+    if state.num_processes > 1:
+        log.warning("an audit takes one process, and this run has several: `hf-clmul audit %s` makes it", folder.root)
+        return
+    audit_after(recipe, folder)
 
 
 def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:

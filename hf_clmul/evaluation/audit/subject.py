@@ -16,6 +16,7 @@ from hf_clmul.errors import RunError
 from hf_clmul.evaluation import metrics
 from hf_clmul.evaluation.audit.fine_tuning import fine_tuned
 from hf_clmul.evaluation.audit.protocol import AuditData, Example, Point
+from hf_clmul.evaluation.membership import min_k_score
 from hf_clmul.evaluation.suites import Measuring, measure
 
 ADAPTER = "adapter_config.json"
@@ -25,7 +26,6 @@ MEASURED = {
     "extraction_strength": metrics.extraction_strength,
     "exact_memorization": metrics.exact_memorization,
 }
-MIN_K = 0.4
 
 
 @dataclass
@@ -97,11 +97,4 @@ def _bare(example: Example) -> Mapping[str, Any]:
 
 
 def _min_k_scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [score for row in rows if (score := _min_k(row)) is not None]
-
-
-def _min_k(row: Mapping[str, Any]) -> float | None:
-    """Mean of the lowest 40 % of the token log-probabilities, the end of sequence left out."""
-    logps = sorted(row["logps"][:-1])
-    lowest = logps[: max(1, int(MIN_K * len(logps)))]
-    return sum(lowest) / len(lowest) if lowest else None
+    return [score for row in rows if (score := min_k_score(row)) is not None]
