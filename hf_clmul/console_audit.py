@@ -29,16 +29,16 @@ def audit_table(record: Mapping[str, Any]) -> "Table":
     metrics = list(record["before"])
     beside = "run / reference under the same attack; " if record["reference"] is not None else ""
     caption = Text(f"{beside}* came back: the intervals are apart")
-    table = Table(title=Text(f"{record['name']}: does it come back?"), caption=caption, box=box.SIMPLE_HEAD)
+    table = Table(title=Text(f"{record['name']}: does it come back?"), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     table.title_justify = table.caption_justify = "left"
-    table.add_column("attack", overflow="fold", min_width=12)
+    table.add_column("attack", overflow="fold", min_width=15)
     for name in metrics:
-        table.add_column(Text(word(name)), justify="right", max_width=12, overflow="fold")
-    table.add_row(Text("before any attack", style="bold"), *(_cell(record["before"].get(name)) for name in metrics))
+        table.add_column(Text(word(name)), justify="right", min_width=10, max_width=12, overflow="fold")
+    table.add_row(Text("before attacks", style="bold"), *(_cell(record["before"].get(name)) for name in metrics))
     for attack in record["attacks"]:
         table.add_section()
-        why = f": not tried, {attack['absent']}" if attack["absent"] is not None else ""
-        table.add_row(Text(attack["attack"] + why, style="bold"))
+        tried = Text("not tried", style="dim") if attack["absent"] is not None else ""
+        table.add_row(Text(attack["attack"], style="bold"), tried)
         back = came_back(attack, record["before"])
         for point in attack["points"]:
             if point["label"] != "before":
@@ -51,5 +51,5 @@ def audit_table(record: Mapping[str, Any]) -> "Table":
 def _cell(entry: Mapping[str, Any] | None, mark: str = "") -> str:
     if entry is None:
         return DASH
-    other = "" if entry["reference"] is None else f" / {entry['reference']['value']:.2f}"
+    other = "" if entry["reference"] is None else f"/{entry['reference']['value']:.2f}"
     return f"{entry['run']['value']:.2f}{mark}{other}"

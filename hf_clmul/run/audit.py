@@ -211,9 +211,10 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
     text = json.dumps(record, indent=1) + "\n"
     atomic_write(file, text)
     folder.report.unlink(missing_ok=True)  # it shows an earlier audit, or none
+    reference = record["reference"] and record["reference"]["name"]
     ledger.append(
         folder.ledger, "audited", attacks=[entry["attack"] for entry in record["attacks"]],
-        model_sha256=record["model_sha256"], reference=record["reference"] and record["reference"]["name"], record_sha256=sha256(text.encode()).hexdigest(),
+        model_sha256=record["model_sha256"], reference=reference, record_sha256=sha256(text.encode()).hexdigest(),
     )  # fmt: skip
 
 
