@@ -179,3 +179,13 @@ def test_an_attack_starts_from_its_own_first_point_and_absence_is_told():
     assert came_back(attack(("before", own), point), START) == {}
     said = verdict(START, [attack(absent="the run is no filter")], None)
     assert said[1:] == ["relearn: not tried, the run is no filter."]
+
+
+def test_what_only_an_attack_measures_is_stated_and_not_judged():
+    found = attack(("layer 3", {"depth": entry((0.4, 0.3, 0.5), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3))}))
+    said = verdict(START, [found], None)
+    assert said[1] == (
+        "relearn: depth 0.400 [0.300, 0.500] (layer 3), the retrained model 0.200 [0.100, 0.300]. Nothing like it was measured "
+        "before."
+    )
+    assert came_back(found, START) == {}

@@ -108,6 +108,9 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no metric rose."
     elif others:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
+    own = [metric for metric in after[-1]["metrics"] if metric not in start]
+    if own:
+        yield f"{name}: {'; '.join(_alone(metric, after[-1]) for metric in own)}. Nothing like it was measured before."
     if attack["reference_absent"] is not None:
         yield f"{name}: not tried on the retrained model, {attack['reference_absent']}."
 
@@ -119,6 +122,13 @@ def _change(metric: str, start: Mapping[str, Any], point: Record, named: bool = 
     if old["gap"] is not None and new["gap"] is not None:
         said += f"; gap to the retrained model {_number(old['gap'])} before, {_number(new['gap'])} after the same attack on both"
     return said
+
+
+def _alone(metric: str, point: Record) -> str:
+    """A metric that only the attack has."""
+    entry = point["metrics"][metric]
+    beside = f", the retrained model {_number(entry['reference'])}" if entry["reference"] is not None else ""
+    return f"{word(metric)} {_number(entry['run'])} ({point['label']}){beside}"
 
 
 def _summary(back: Sequence[str], tried: int, referenced: bool) -> str:
