@@ -69,11 +69,7 @@ def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
     removal, quantized, relearned = record["attacks"]
     assert "no filter" in removal["absent"] and removal["points"] == []
     assert [point["label"] for point in quantized["points"]] == ["before", "int8", "int4", "nf4"]
-    assert [(point["label"], point["x"]) for point in relearned["points"]] == [
-        ("before", 0.0),
-        ("2 steps", 2.0),
-        ("3 steps", 3.0),
-    ] or [point["label"] for point in relearned["points"]] == ["before", "1 epoch", "3 steps"]
+    assert [(p["label"], p["x"]) for p in relearned["points"]] == [("before", 0.0), ("1 epoch", 2.0), ("3 steps", 3.0)]
     assert relearned["parameters"] == {"epochs": 3, "steps": 3, "learning_rate": 3e-3, "batch_size": 4, "points": 1}
     assert relearned["points"][0]["metrics"] == quantized["points"][0]["metrics"] == record["before"]
     last = relearned["points"][-1]["metrics"]["answer_probability"]
@@ -136,12 +132,16 @@ def test_attacks_and_options_that_there_are_not_are_answered_with_the_nearest(ru
         audit_run(run, None, None, ["relearn.step=2"])
     monkeypatch.chdir(tmp_path)
     text = RECIPE + "audit:\n  attacks:\n    relearn: {steps: 0}\n    quantise: {}\n  after: true\n"
-    assert problems(text) == [
-        "r.yaml:18: audit.attacks.relearn.steps: expected a number of at least 1; found 0",
-        "r.yaml:19: audit.attacks.quantise: unknown attack; expected one of remove_adapter, quantize, relearn, relearn_partly, "
-        "benign, unrelated, remove_direction; found 'quantise'; did you mean 'quantize'?",
-        "r.yaml:20: audit.after: unknown key; expected one of attacks, after_run; found 'after'; did you mean 'after_run'?",
-    ]
+    Path("notes.jsonl").touch()
+    first, second, third = problems(text)
+    assert first == "r.yaml:19: audit.attacks.relearn.steps: expected a number of at least 1; found 0"
+    assert second.startswith(
+        "r.yaml:20: audit.attacks.quantise: unknown attack; expected one of remove_adapter, quantize, "
+    )
+    assert second.endswith("; found 'quantise'; did you mean 'quantize'?")
+    assert third == (
+        "r.yaml:21: audit.after: unknown key; expected one of attacks, after_run; found 'after'; did you mean 'after_run'?"
+    )
 
 
 def test_redaction_blanks_what_the_audit_shows_and_keeps_its_figures(run):
@@ -169,3 +169,14 @@ def test_a_recipe_audits_at_the_end_of_its_run_and_the_command_prints_what_came_
     assert "before attacks" in shown.output and "There is no retrained model to compare with" in " ".join(
         shown.output.split()
     )
+
+
+def test_a_receipt_written_after_an_audit_names_it(run):
+    from hf_clmul.ledger.receipt import check, receipt
+
+    before = receipt(run, "one")
+    audit_run(run, ["relearn"], None, QUICK)
+    after = receipt(run, "one")
+    assert "## Audits" not in before
+    assert "## Audits of the finished model" in after and ": relearn, without a reference; SHA-256 of the record: " in after
+    assert not check(run, before).problems and not check(run, after).problems
