@@ -305,6 +305,29 @@ def evaluate(
                 say(f"{file}")
 
 
+@app.command()
+def audit(
+    run_folder: RunFolder,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="ATTACK.OPTION=VALUE", help="Such as relearn.steps=20.")
+    ] = None,
+    attacks: Annotated[str | None, typer.Option(help="Names, with commas. Default: the recipe's, else all.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A run or a model that never saw the data. Default: the recipe's reference.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Attack the model of a run: does what was forgotten come back? The same command continues an audit."""
+    with errors_explained(debug):
+        from hf_clmul.run.audit import audit_run
+
+        names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
+        record = audit_run(run_folder, names, reference, overrides or ())
+        from hf_clmul.console_audit import print_audit
+
+        print_audit(record, console())
+
+
 @ledger_app.command("verify")
 def verify_ledger(run_folder: RunFolder, debug: Debug = False) -> None:
     """Check that nobody changed, removed, put in or moved a line of the ledger."""

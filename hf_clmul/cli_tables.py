@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation.audit.attacks import ATTACKS
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import terms_of
@@ -19,7 +20,7 @@ NO_PAPER = "-"
 
 
 def tables() -> Iterator[Table]:
-    """Recipes, terms by role and family, penalties, conflict rules, teachers, suites."""
+    """Recipes, terms by role and family, penalties, conflict rules, teachers, attacks, suites."""
     files = builtin_names().items()
     recipes = ((name, _first_comment(file.read_text(encoding="utf-8")), NO_PAPER) for name, file in files)
     yield _table("recipes", recipes)
@@ -33,6 +34,8 @@ def tables() -> Iterator[Table]:
     rules = ((name, rule.summary, rule.paper) for name, rule in CONFLICT_RULES.items())
     yield _table("conflict rules (learning.conflict, unlearning.conflict)", rules)
     yield _table("teachers (teacher)", ((name, summary, NO_PAPER) for name, summary in TEACHERS.items()))
+    attacks = ((name, entry.summary, entry.paper) for name, entry in ATTACKS.items())
+    yield _table("attacks (audit.attacks)", attacks)
     yield _table("suites (evaluation.suites)", ((name, summary, NO_PAPER) for name, summary in SUITES.items()))
 
 

@@ -19,6 +19,7 @@ from hf_clmul.families import loaded as measuring
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.run import runner as run
 from hf_clmul.run.log import RunLog
+from hf_clmul.run.measuring import measuring as measuring_of
 from hf_clmul.trainer import ClmulTrainer
 
 LEARN, UNLEARN = "00-learn-people", "01-unlearn-one"
@@ -176,7 +177,7 @@ def test_all_stages_are_measured_alike(tmp_path, monkeypatch):
     assert len(seen) == 3 and len(set(seen)) == 1
     assert seen[0].bf16 is False and seen[0].max_length == 1024
     everywhere = load_recipe(recipe, ["training.bf16=true", "training.max_length=200"])
-    assert (run.measuring_of(everywhere).bf16, run.measuring_of(everywhere).max_length) == (True, 200)
+    assert (measuring_of(everywhere).bf16, measuring_of(everywhere).max_length) == (True, 200)
 
 
 def test_bf16_and_max_length_on_a_cpu(tmp_path, monkeypatch):

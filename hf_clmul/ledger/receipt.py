@@ -185,6 +185,7 @@ def _page(records: Sequence[Record], erased: Record) -> str:
         "## The base model",
         "",
         *_base(erased),
+        *_audits(records, erased),
         "## Place in the ledger",
         "",
         f"- event: {erased['n']}",
@@ -217,6 +218,18 @@ def _base(erased: Record) -> list[str]:
     if before == after:
         return [f"Before and after the same weights, SHA-256 {before}.", ""]
     return [f"It was trained itself. SHA-256 before: {before}; after: {after}.", ""]
+
+
+def _audits(records: Sequence[Record], erased: Record) -> list[str]:
+    """Attacks on a model exported since. What they found is no part of the ledger, which has the hash of their record."""
+    found = [record for record in records[erased["n"] + 1 :] if record["event"] == "audited"]
+    lines = [
+        f"{record['time']}: {', '.join(record['attacks']) or 'no attack'}, "
+        + (f"beside the reference {record['reference']}" if record["reference"] else "without a reference")
+        + f"; SHA-256 of the record: {record['record_sha256']}"
+        for record in found
+    ]
+    return ["## Audits of the finished model", "", *_items(lines)] if lines else []
 
 
 def _circumstances(records: Sequence[Record], erased: Record) -> list[str]:

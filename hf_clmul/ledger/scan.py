@@ -195,7 +195,8 @@ def is_evaluation(name: str) -> bool:
     parts = PurePosixPath(name).parts
     place = parts[1:] if parts[0] == "base" else parts[2:] if parts[0] == "requests" else ()
     stage = place in (("examples.jsonl",), ("result.json",)) or (len(place) == 2 and place[0] == "measured")
-    return name in ("results.json", REPORT) or stage or parts[0] == "evaluation"
+    audit = parts[0] == "audit" and name.endswith(".json")
+    return name in ("results.json", REPORT) or stage or audit or parts[0] == "evaluation"
 
 
 def _files(root: Path) -> Iterable[Path]:

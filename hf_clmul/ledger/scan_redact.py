@@ -16,12 +16,12 @@ from hf_clmul.ledger.scan_cache import cached, named
 from hf_clmul.ledger.scan_text import ERASED, TABLE, Erased, Needles, json_values, plain_text, quoted, readable
 from hf_clmul.paths import atomic_write, explained_writes
 
-_SHOWN = ("question", "answer", "generated", "caption", "pictures", "features", "predicted")
+_SHOWN = ("question", "answer", "generated", "reference", "caption", "pictures", "features", "predicted")
 
 
 def redact(root: Path, data: Path | None = None) -> list[str]:
-    """Blanks erased texts in `examples.jsonl`, `result.json`, `results.json` and what `evaluate` wrote, and deletes its report
-    if it shows some; the ledger notes it. Erased pictures in the cache are deleted. Returns the files that changed.
+    """Blanks erased texts in `examples.jsonl`, `result.json`, `results.json`, the audit and what `evaluate` wrote, and deletes
+    its report if it shows some; the ledger notes it. Erased pictures in the cache are deleted. Returns the files that changed.
     `data` as for `scan`.
 
     Raises RunError for a folder that is no run or is in use, a broken ledger, and without the key.

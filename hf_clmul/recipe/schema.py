@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
+from hf_clmul.evaluation.audit.options import Audit
 from hf_clmul.families.options import Diffusion
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Section
@@ -334,6 +335,7 @@ class Recipe(Section):
     teacher: Named = "before_request"
     training: TrainingFields = {}
     evaluation: Evaluation = Evaluation()
+    audit: Audit = Audit()
     export: Export = Export()
 
     _source: str | None = PrivateAttr(None)

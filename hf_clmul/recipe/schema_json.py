@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
@@ -28,6 +29,7 @@ def recipe_schema() -> dict[str, Any]:
     sections["Unlearning"]["properties"]["forget"] = _terms("forget")
     sections["Unlearning"]["properties"]["retain"] = _terms("retain")
     sections["Unlearning"]["properties"]["conflict"] |= _rules()
+    sections["Audit"]["properties"]["attacks"] = _attacks()
     sections["Evaluation"]["properties"]["suites"]["items"]["enum"] = list(SUITES)
     schema["properties"]["family"]["enum"] = list(FAMILIES)
     schema["properties"]["teacher"]["enum"] = list(TEACHERS)
@@ -55,6 +57,15 @@ def _rules() -> dict[str, Any]:
     one = {"additionalProperties": False, "minProperties": 1, "maxProperties": 1}
     table = {"type": "object", "properties": properties, **one}
     return {"anyOf": [{"type": "string", "enum": list(CONFLICT_RULES)}, table]}
+
+
+def _attacks() -> dict[str, Any]:
+    """A table of attacks, the name of one, or null for all."""
+    properties = {
+        name: {**_values(attack_parameters(name)), "description": entry.summary} for name, entry in ATTACKS.items()
+    }
+    table = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+    return {"anyOf": [table, {"type": "string", "enum": list(ATTACKS)}]}
 
 
 def _terms(role: str) -> dict[str, Any]:

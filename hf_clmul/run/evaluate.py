@@ -33,9 +33,9 @@ from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
 from hf_clmul.run.folder import COMPLETE, RunFolder
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.measuring import measuring
 from hf_clmul.run.request import on_main_first
 from hf_clmul.run.results import hardware, versions
-from hf_clmul.run.runner import measuring_of
 
 SCHEMA = 1
 FOLDER, TABLES = "evaluation", "tables"
@@ -106,7 +106,7 @@ def evaluate(
         else:
             subject = Subject(chosen, target, texts(whole))
         place = output or (root if recipe is None else Path(FOLDER) / root.name) / FOLDER
-        about = {"model": subject.identity(), "settings": asdict(measuring_of(chosen))}
+        about = {"model": subject.identity(), "settings": asdict(measuring(chosen))}
         tables = _tables(subject, wanted, place, about, state)
         written = [place / f"{name}.json" for name in names]
         if state.is_main_process:
@@ -198,7 +198,7 @@ def _tables(subject: Subject, wanted: Evaluated, place: Path, about: Any, state:
 def _measured(
     subject: Subject, examples: Sequence[Any], place: Path, about: Any, state: PartialState
 ) -> list[Row]:  # fmt: skip
-    how, title = measuring_of(subject.recipe), f"evaluating {Path(subject.model).name}"
+    how, title = measuring(subject.recipe), f"evaluating {Path(subject.model).name}"
     model = subject.to(state.device)
 
     def measure(some: Sequence[Any]) -> list[Row]:

@@ -2,6 +2,7 @@
 Knows all rooms by their doors; mathematics and file formats live elsewhere."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -34,16 +35,20 @@ from hf_clmul.report.claims import EXACT, FILTER
 from hf_clmul.report.model_card import model_card
 from hf_clmul.report.page import write_report
 from hf_clmul.run import carried
+from hf_clmul.run.audit import audit_after
+from hf_clmul.run.audit_families import prepared
 from hf_clmul.run.export import REPORT, Wanted, export
 from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run.hub import push
 from hf_clmul.run.ledger import RunLedger, check_ledger
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.measuring import measuring
 from hf_clmul.run.request import Run, carry_out, draw_pictures, on_main_first, prepare, superseded, try_first
 from hf_clmul.run.results import hardware, record, shared, versions
 from hf_clmul.run.retrained import reference_for
 from hf_clmul.run.stages import measure_stage
-from hf_clmul.training_args import ClmulConfig
+
+log = logging.getLogger(__name__)
 
 
 def run_recipe(recipe: Recipe, output: Path) -> Path:
@@ -61,8 +66,10 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=wait)
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         _wanted(recipe, steps)  # a mistake there must not cost hours
+        if _is_audited(recipe, steps):
+            prepared(recipe, steps, state.device)
         whole = groups(recipe, shown(recipe, steps))
-        chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring_of(recipe)
+        chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring(recipe)
         named = [load_examples(recipe.data[name], name) for name in untrained(recipe).values()]
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
         found: list[dict[str, Any] | None] = []  # of the main process
@@ -75,7 +82,9 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
                 loaded = load_of(recipe, texts(whole))
             model = loaded.to(state.device)
             _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference), began)
+            del model, loaded  # the audit loads its own, one at a time
         on_main_first(state, lambda: _refer(folder, reference))
+        on_main_first(state, lambda: _audited(recipe, folder, steps, state))
         on_main_first(state, lambda: _close(recipe, folder, steps))
     return folder.report
 
@@ -188,6 +197,21 @@ def _refer(folder: RunFolder, reference: dict[str, Any] | None) -> None:
         folder.report.unlink(missing_ok=True)
 
 
+def _is_audited(recipe: Recipe, steps: Sequence[Step]) -> bool:
+    """A reference, made from a recipe without its unlearn requests, is attacked beside the run only."""
+    return recipe.audit.after_run and any(step.kind == "unlearn" for step in steps)
+
+
+def _audited(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], state: PartialState) -> None:
+    """The audit, where the recipe wants one."""
+    if not _is_audited(recipe, steps):
+        return
+    if state.num_processes > 1:
+        log.warning("an audit takes one process, and this run has several: `hf-clmul audit %s` makes it", folder.root)
+        return
+    audit_after(recipe, folder)
+
+
 def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
     """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
     if not folder.report.is_file():
@@ -251,17 +275,3 @@ def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
 
 def _plain(how: Measuring | Images) -> dict[str, Any]:
     return how.model_dump() if isinstance(how, Images) else asdict(how)
-
-
-def measuring_of(recipe: Recipe) -> Measuring | Images:
-    """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so."""
-    if recipe.family == "diffusion":
-        return recipe.evaluation.images
-    trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
-    lengths = [training.get("max_length", ClmulConfig.max_length) for training in trainings]
-    return Measuring(
-        recipe.evaluation.batch_size,
-        recipe.evaluation.max_new_tokens,
-        all(training.get("bf16", False) for training in trainings),
-        None if None in lengths else max(lengths),
-    )

@@ -1,0 +1,191 @@
+"""From measured points to the record and its verdict: merged by label, read with checks, and no word beyond the numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_clmul.errors import RunError
+from hf_clmul.evaluation.audit.kept import Attacked, read_kept, write_kept
+from hf_clmul.evaluation.audit.merging import compared, merged
+from hf_clmul.evaluation.audit.protocol import Point
+from hf_clmul.evaluation.audit.record import read_audit
+from hf_clmul.evaluation.audit.verdict import came_back, verdict
+from hf_clmul.evaluation.estimates import auc_gap_estimate, gap_estimate, mean_estimate
+
+
+def value(number: float, low: float, high: float) -> dict[str, Any]:
+    return {"value": number, "n": 8, "low": low, "high": high}
+
+
+def entry(run: tuple, reference: tuple | None = None, gap: tuple | None = None) -> dict[str, Any]:
+    parts = {"run": run, "reference": reference, "gap": gap}
+    return {name: None if part is None else value(*part) for name, part in parts.items()}
+
+
+def attack(*points: tuple[str, dict[str, Any]], **more: Any) -> dict[str, Any]:
+    measured = [{"label": label, "x": None, "metrics": metrics, "samples": []} for label, metrics in points]
+    base = {"attack": "relearn", "changes": "weights", "summary": "s", "parameters": {}, "seconds": 1.0, "absent": None,
+            "reference_seconds": None, "peak_memory_bytes": None, "reference_absent": None, "points": measured}  # fmt: skip
+    return {**base, **more}
+
+
+def record(**more: Any) -> dict[str, Any]:
+    base = {"schema": 1, "run": "r", "name": "n", "model_sha256": "0", "reference": None, "reference_missing": "none", "seed": 0,
+            "created": "2026-01-01T00:00:00+00:00", "versions": {}, "hardware": {}, "before": {"p": entry((0.1, 0.0, 0.2))},
+            "attacks": [attack(("before", {"p": entry((0.1, 0.0, 0.2))}))], "verdict": []}  # fmt: skip
+    return {**base, **more}
+
+
+def written(root: Path, content: str) -> Path:
+    (root / "audit").mkdir(exist_ok=True)
+    (root / "audit" / "audit.json").write_text(content)
+    return root
+
+
+# ---- merging ---------------------------------------------------------------------------------------------------
+
+
+def test_points_with_one_label_become_one_with_the_gap_between_them():
+    run = [Point("a", {"p": [0.5, 0.7]}, 1.0), Point("b", {"p": [1.0, 0.0]}, 2.0)]
+    first, second = merged(run, [Point("b", {"p": [0.25, 0.25]}), Point("c", {"p": [0.0, 0.0]})])
+    assert (first["label"], first["x"]) == ("a", 1.0)
+    assert first["metrics"]["p"]["reference"] is None and first["metrics"]["p"]["gap"] is None
+    found = second["metrics"]["p"]
+    assert found["run"] == mean_estimate([1.0, 0.0]).record()
+    assert found["reference"]["value"] == 0.25 and found["gap"] == gap_estimate([1.0, 0.0], [0.25, 0.25]).record()
+    assert found["gap"]["value"] == 0.25
+
+
+def test_what_an_attack_hides_counts_on_neither_side():
+    found = compared(
+        Point("a", {"p": [None, 0.6], "q": [None, None]}), Point("a", {"p": [None, 0.2], "q": [None, None]})
+    )
+    assert found["p"]["gap"]["value"] == pytest.approx(0.4) and found["p"]["gap"]["n"] == 1
+    assert "q" not in found  # nothing was measured: no zero
+
+
+def test_scores_become_aucs_and_their_distance():
+    run, reference = ([2.0, 3.0], [0.0, 1.0]), ([0.0, 1.0], [0.0, 1.0])
+    found = compared(Point("a", {}, against={"auc": run}), Point("a", {}, against={"auc": reference}))["auc"]
+    assert (found["run"]["value"], found["reference"]["value"], found["gap"]["value"]) == (1.0, 0.5, 0.5)
+    assert found["gap"] == auc_gap_estimate(run, reference).record()
+
+
+def test_samples_show_what_the_reference_said_to_the_same_question():
+    ask = {"question": "Who?", "answer": "Ada", "generated": "Ada"}
+    other = [{**ask, "generated": "Bo"}, {**ask, "question": "Why?"}]
+    (found,) = merged([Point("a", {}, samples=[ask])], [Point("a", {}, samples=other)])
+    assert found["samples"] == [{**ask, "reference": "Bo"}]
+
+
+def test_kept_points_come_back_as_they_were_and_broken_files_are_measured_again(tmp_path):
+    point = Point("a", {"p": [0.5, None]}, 1.0, {"auc": ([float("-inf")], [1.0])}, [{"question": "q"}])
+    file = tmp_path / "relearn.json"
+    write_kept(file, {"run": Attacked("k", [point], 1.5, 7, None)})
+    (found,) = read_kept(file).values()
+    assert found == Attacked("k", [point], 1.5, 7, None)
+    for content in ("", "[]", '{"run": {"key": 1}}'):
+        file.write_text(content)
+        assert read_kept(file) == {}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_read_as_it_was_written_and_a_run_without_one_has_none(tmp_path):
+    assert read_audit(tmp_path) is None
+    assert read_audit(written(tmp_path, json.dumps(record()))) == record()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "schema null"),
+        (json.dumps(record(schema=2)), "found schema 2"),
+        (json.dumps(record(seed="0")), "seed: Input should be a valid integer"),
+        (json.dumps({k: v for k, v in record().items() if k != "verdict"}), "verdict: Field required"),
+        (json.dumps(record(attacks=[attack(changes="luck")])), "attacks.0.changes"),
+        (json.dumps(record(before={"p": {"run": 0.5, "reference": None, "gap": None}})), "before.p.run"),
+    ],
+)
+def test_other_records_are_refused_with_a_remedy(tmp_path, content, said):
+    with pytest.raises(RunError, match=said) as caught:
+        read_audit(written(tmp_path, content))
+    assert "audit.json" in str(caught.value) and "hf-clmul audit RUN" in str(caught.value)
+
+
+# ---- the verdict -----------------------------------------------------------------------------------------------
+
+START = {"answer_probability": entry((0.10, 0.05, 0.15), (0.08, 0.04, 0.12), (0.02, 0.0, 0.05))}
+
+
+def after(run: tuple, reference: tuple | None, gap: tuple | None) -> dict[str, Any]:
+    return attack(("before", START), ("1 epoch", {"answer_probability": entry(run, reference, gap)}))
+
+
+def test_what_rises_beyond_the_reference_came_back():
+    found = after((0.60, 0.50, 0.70), (0.20, 0.10, 0.30), (0.40, 0.30, 0.50))
+    assert list(came_back(found, START)) == ["answer_probability"]
+    said = verdict(START, [found], None)
+    assert said[0] == (
+        "Gap to the retrained model on the forgotten examples before any attack: answer probability 0.020 [0.000, 0.050] "
+        "(0.10 against 0.08)."
+    )
+    assert said[1] == (
+        "relearn: answer probability came back: 0.100 [0.050, 0.150] before, 0.600 [0.500, 0.700] after (1 epoch); gap to the "
+        "retrained model 0.020 [0.000, 0.050] before, 0.400 [0.300, 0.500] after the same attack on both."
+    )
+    assert said[2].startswith("1 of 1 attacks brought something back beyond what the same attack does to the retrained")
+
+
+@pytest.mark.parametrize(
+    ("run", "reference", "gap"),
+    [
+        ((0.60, 0.50, 0.70), (0.58, 0.48, 0.68), (0.02, 0.00, 0.06)),  # the attack taught it, to both
+        ((0.60, 0.50, 0.70), (0.90, 0.80, 0.99), (0.30, 0.20, 0.40)),  # the reference learned more
+        ((0.20, 0.14, 0.30), (0.10, 0.05, 0.15), (0.10, 0.06, 0.20)),  # intervals overlap
+        ((0.05, 0.01, 0.09), (0.10, 0.05, 0.15), (0.05, 0.01, 0.09)),  # it fell
+    ],
+)
+def test_nothing_else_came_back(run, reference, gap):
+    found = after(run, reference, gap)
+    assert came_back(found, START) == {}
+    said = " ".join(verdict(START, [found], None))
+    assert "came back" not in said and "None of 1 attacks" in said and "may." in said
+
+
+def test_without_a_reference_the_verdict_says_so_and_compares_with_before_only():
+    start = {"answer_probability": entry((0.10, 0.05, 0.15))}
+    point = ("1 epoch", {"answer_probability": entry((0.6, 0.5, 0.7))})
+    said = verdict(start, [attack(("before", start), point)], "none was trained")
+    assert said[0].startswith("There is no retrained model to compare with (none was trained)")
+    assert "retrained" not in " ".join(said[1:]) and "came back" in said[1]
+
+
+def test_one_example_has_no_interval_and_proves_nothing():
+    single = {"value": 0.1, "n": 1, "low": None, "high": None}
+    start = {"p": {"run": single, "reference": None, "gap": None}}
+    found = attack(("x", {"p": {"run": {**single, "value": 0.9}, "reference": None, "gap": None}}))
+    assert came_back(found, start) == {}
+    assert "0.100 (one example) before, 0.900 (one example) after (x)" in " ".join(verdict(start, [found], "none"))
+
+
+def test_an_attack_starts_from_its_own_first_point_and_absence_is_told():
+    own = {"answer_probability": entry((0.50, 0.45, 0.55))}  # of fewer examples than before
+    point = ("1 epoch", {"answer_probability": entry((0.52, 0.46, 0.60))})
+    assert came_back(attack(("before", own), point), START) == {}
+    said = verdict(START, [attack(absent="the run is no filter")], None)
+    assert said[1:] == ["relearn: not tried, the run is no filter."]
+
+
+def test_what_only_an_attack_measures_is_stated_and_not_judged():
+    found = attack(("layer 3", {"depth": entry((0.4, 0.3, 0.5), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3))}))
+    said = verdict(START, [found], None)
+    assert said[1] == (
+        "relearn: depth 0.400 [0.300, 0.500] (layer 3), the retrained model 0.200 [0.100, 0.300]. Nothing like it was measured "
+        "before."
+    )
+    assert came_back(found, START) == {}

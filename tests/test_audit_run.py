@@ -1,0 +1,185 @@
+"""An audit of a small run and of its reference: what it leaves, what it does not repeat, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from small_recipe import RECIPE, problems
+from small_run import events, execute, write_recipe
+from typer.testing import CliRunner
+
+from hf_clmul.cli import app
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.audit.record import read_audit
+from hf_clmul.ledger.scan_redact import redact
+from hf_clmul.run import audit as auditing
+from hf_clmul.run.audit import audit_run
+
+REQUESTS = "  - unlearn: {name: one, from: people, where: {person: [P02]}}\n"
+QUICK = ["relearn.steps=3", "relearn.points=1", "relearn.learning_rate=3e-3"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run and another one that learned without what the first forgets."""
+    found = []
+    gone = ("  strangers:", "  gone: {path: builtin:invented_people, persons: 2, where: {person: [P02]}}\n  strangers:")
+    never = (REQUESTS, ""), ("data: people}", "data: people, where: {person: [P01]}}"), gone, (
+        "held_out: strangers", "held_out: strangers, forget: gone")  # fmt: skip
+    for changes in ((), never):
+        place = tmp_path_factory.mktemp("run")
+        execute(write_recipe(place, "full", *changes), place / "out")
+        found.append(place / "out")
+    return found[0], found[1]
+
+
+@pytest.fixture
+def run(finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run; reports are not drawn, and the cache is empty."""
+    monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(auditing, "write_report", lambda root: root)
+    return Path(shutil.copytree(finished[0], tmp_path / "out"))
+
+
+def opened(root: Path, *args: Any) -> tuple[dict[str, Any], list[tuple[str, bool]]]:
+    """The record, and the models that were opened for it: (folder, is it the run's own)."""
+    seen: list[tuple[str, bool]] = []
+    original = auditing.prepared
+
+    def prepared(*given: Any) -> Any:
+        ready = original(*given)
+
+        def open_(folder: Path, is_run: bool) -> Any:
+            seen.append((folder.parent.name, is_run))
+            return ready.open(folder, is_run)
+
+        return type(ready)(ready.data, open_, ready.about)
+
+    with patch.object(auditing, "prepared", prepared):
+        return audit_run(root, *args), seen
+
+
+def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
+    record = audit_run(run, ["relearn", "quantize", "remove_adapter"], finished[1], QUICK)
+    assert record == read_audit(run)
+    assert [entry["attack"] for entry in record["attacks"]] == ["remove_adapter", "quantize", "relearn"]
+    removal, quantized, relearned = record["attacks"]
+    assert "no filter" in removal["absent"] and removal["points"] == []
+    assert [point["label"] for point in quantized["points"]] == ["before", "int8", "int4", "nf4"]
+    assert [(p["label"], p["x"]) for p in relearned["points"]] == [("before", 0.0), ("1 epoch", 2.0), ("3 steps", 3.0)]
+    assert relearned["parameters"] == {"epochs": 3, "steps": 3, "learning_rate": 3e-3, "batch_size": 4, "points": 1}
+    assert relearned["points"][0]["metrics"] == quantized["points"][0]["metrics"] == record["before"]
+    last = relearned["points"][-1]["metrics"]["answer_probability"]
+    assert last["run"]["value"] > record["before"]["answer_probability"]["run"]["value"]
+    assert last["run"]["n"] == last["gap"]["n"] == 8
+    assert last["gap"]["value"] == pytest.approx(abs(last["run"]["value"] - last["reference"]["value"]))
+    assert relearned["points"][-1]["samples"][0]["reference"] is not None and record["reference"]["name"] == "small"
+    audited = events(run)[-1]
+    assert (audited["event"], audited["attacks"], audited["reference"]) == (
+        "audited", ["remove_adapter", "quantize", "relearn"], "small")  # fmt: skip
+
+
+def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finished):
+    with patch.dict(auditing.ATTACKS), pytest.raises(KeyboardInterrupt):
+
+        def stopped(*args: Any, **options: Any) -> Any:
+            raise KeyboardInterrupt
+
+        auditing.ATTACKS["relearn"] = type(auditing.ATTACKS["relearn"])(stopped, "weights", "causal_lm", "-", "stops")
+        with patch.object(auditing, "attack_parameters", lambda name: {}):
+            opened(run, ["quantize", "relearn"])
+    assert read_audit(run) is None
+    record, seen = opened(run, ["quantize", "relearn"], None, QUICK)
+    assert "none was trained" in record["reference_missing"] and record["reference"] is None
+    assert seen[-1] == ("out", True)
+    before, told = (run / "audit" / "audit.json").read_bytes(), len(events(run))
+    again, seen = opened(run, ["quantize", "relearn"], None, QUICK)
+    assert seen == [] and (run / "audit" / "audit.json").read_bytes() == before and len(events(run)) == told
+    # A reference that comes later is attacked alone; other options mean another attack.
+    _, seen = opened(run, ["quantize", "relearn"], finished[1], QUICK)
+    assert seen == [("out", False)] * 3
+    _, seen = opened(run, ["quantize", "relearn"], None, [*QUICK, "relearn.batch_size=2"])
+    assert seen == [("out", True)]
+
+
+def test_the_same_audit_gives_the_same_numbers(run):
+    first = audit_run(run, ["relearn"], None, QUICK)
+    shutil.rmtree(run / "audit")
+    second = audit_run(run, ["relearn"], None, QUICK)
+    assert first["before"] == second["before"] and first["verdict"] == second["verdict"]
+    assert first["attacks"][0]["points"] == second["attacks"][0]["points"]
+
+
+def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
+    with pytest.raises(RunError, match=r"no run folder: there is no results\.json"):
+        audit_run(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"neither config\.json nor adapter_config\.json"):
+        (tmp_path / "empty").mkdir()
+        audit_run(run, ["quantize"], tmp_path / "empty")
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**results, "status": "running"}))
+    with pytest.raises(RunError, match="is not complete"):
+        audit_run(run)
+
+
+def test_attacks_and_options_that_there_are_not_are_answered_with_the_nearest(run, tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match="unknown attack 'relern'.*Did you mean 'relearn'"):
+        audit_run(run, ["relern"])
+    with pytest.raises(RecipeError, match=r"audit\.attacks\.relearn\.step: unknown option.*did you mean 'steps'"):
+        audit_run(run, None, None, ["relearn.step=2"])
+    monkeypatch.chdir(tmp_path)
+    text = RECIPE + "audit:\n  attacks:\n    relearn: {steps: 0}\n    quantise: {}\n  after: true\n"
+    Path("notes.jsonl").touch()
+    first, second, third = problems(text)
+    assert first == "r.yaml:19: audit.attacks.relearn.steps: expected a number of at least 1; found 0"
+    assert second.startswith(
+        "r.yaml:20: audit.attacks.quantise: unknown attack; expected one of remove_adapter, quantize, "
+    )
+    assert second.endswith("; found 'quantise'; did you mean 'quantize'?")
+    assert third == (
+        "r.yaml:21: audit.after: unknown key; expected one of attacks, after_run; found 'after'; did you mean 'after_run'?"
+    )
+
+
+def test_redaction_blanks_what_the_audit_shows_and_keeps_its_figures(run):
+    record = audit_run(run, ["relearn"], None, QUICK)
+    answer = record["attacks"][0]["points"][0]["samples"][0]["answer"]
+    changed = redact(run)
+    assert {"audit/audit.json", "audit/attacks/relearn.json"} <= set(changed)
+    assert all(answer not in path.read_text() for path in (run / "audit").rglob("*.json"))
+    blanked = read_audit(run)
+    assert blanked["before"] == record["before"]
+    assert blanked["attacks"][0]["points"][0]["samples"][0]["answer"] == "(erased)"
+
+
+def test_a_recipe_audits_at_the_end_of_its_run_and_the_command_prints_what_came_back(finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
+    root = Path(shutil.copytree(finished[0], tmp_path / "out"))
+    recipe = finished[0].parent / "recipe.yaml"
+    execute(recipe, root, "audit.attacks.relearn={steps: 2, points: 1}", "audit.after_run=true")
+    record = read_audit(root)
+    assert [entry["attack"] for entry in record["attacks"]] == ["relearn"]
+    assert [event["event"] for event in events(root)][-1] == "audited"
+    with patch.object(auditing, "write_report", lambda root: root):
+        shown = CliRunner().invoke(app, ["audit", str(root)])
+    assert shown.exit_code == 0, shown.output
+    assert "before attacks" in shown.output and "There is no retrained model to compare with" in " ".join(
+        shown.output.split()
+    )
+
+
+def test_a_receipt_written_after_an_audit_names_it(run):
+    from hf_clmul.ledger.receipt import check, receipt
+
+    before = receipt(run, "one")
+    audit_run(run, ["relearn"], None, QUICK)
+    after = receipt(run, "one")
+    assert "## Audits" not in before
+    assert (
+        "## Audits of the finished model" in after
+        and ": relearn, without a reference; SHA-256 of the record: " in after
+    )
+    assert not check(run, before).problems and not check(run, after).problems
