@@ -114,8 +114,9 @@ def dkw_margin(samples: int, confidence: float) -> float:
 def tail_bound(scores: Sequence[float], level: float, confidence: float) -> float:
     """Upper bound on the probability that a score in [0, 1] exceeds `level`: the share seen, plus `dkw_margin`. Unlike
     `clopper_pearson` it holds for all levels at once (the general leakage bound of arXiv 2410.03523)."""
-    seen = float(np.mean(np.asarray(scores, float) > level)) if level < 1 else 0.0
-    return min(1.0, seen + dkw_margin(len(scores), confidence)) if level < 1 else 0.0
+    if level >= 1:
+        return 0.0
+    return min(1.0, float(np.mean(np.asarray(scores, float) > level)) + dkw_margin(len(scores), confidence))
 
 
 def mean_bound(scores: Sequence[float], confidence: float) -> float:
