@@ -123,11 +123,11 @@ def _batches(subject: Subject, examples: Sequence[Example], size: int) -> list[B
 
     from hf_clmul.data.collation import RoleCollator
     from hf_clmul.data.encoding import encode, example_format
-    from hf_clmul.evaluation.audit.probes import turn
+    from hf_clmul.evaluation.audit.probes import context_length, turn
 
-    tokenizer, config = subject.tokenizer, subject.model.config.get_text_config()
+    tokenizer, most = subject.tokenizer, context_length(subject.model)
     turns = [example if example_format(example) == ("text",) else turn(example) for example in examples]
-    encoded = [encode(example, tokenizer, config.max_position_embeddings) for example in turns]
+    encoded = [encode(example, tokenizer, most) for example in turns]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))  # little padding
     collator = RoleCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
     device = next(subject.model.parameters()).device

@@ -1,5 +1,5 @@
 """An example asked in another way: another question before the same answer, a forced beginning, other examples before it. Knows
-the formats of examples and how they are encoded; no model, no attack."""
+the formats of examples and how they are encoded; no scores, no attack."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,12 @@ def after(
         if start == len(others) or room is None or len(encode(found, tokenizer)["input_ids"]) <= room:
             return found
     raise AssertionError
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that the model can read at once; None where its config sets no limit."""
+    config = model.config.get_text_config()
+    return config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
 
 
 def _after(example: Example, others: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
 
-from hf_clmul.evaluation.audit.probes import after, answer_of, answered, asked, opened, question_of, turn
+from hf_clmul.evaluation.audit.probes import (
+    after,
+    answer_of,
+    answered,
+    asked,
+    context_length,
+    opened,
+    question_of,
+    turn,
+)
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Example, Point, Subject
 
 PHRASES = ("Sure, here is the answer:",)
@@ -178,7 +187,7 @@ def _others(example: Example, pool: Sequence[Example], shots: int, seed: tuple) 
 
 def _room(subject: Subject) -> int | None:
     """Tokens that a prompt and its answer may have, so that an answer as long can still be generated; None without a limit."""
-    most = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)
+    most = context_length(subject.model)
     return None if most is None else most * 3 // 4
 
 
