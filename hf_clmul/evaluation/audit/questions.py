@@ -36,8 +36,8 @@ def prefix(subject: Subject, data: AuditData, seed: int, *, phrases: Texts | Non
     """The answer is forced to begin with an affirmative phrase, and the model goes on behind it; probabilities are those of the
     true answer behind the phrase. One point for each phrase.
 
-    Prefix injection of RWKU (Jin et al., 2024, NeurIPS Datasets and Benchmarks). `phrases`: by default one, "Sure, here is
-    the answer:".
+    RWKU (Jin et al., arXiv 2406.10890) puts such a phrase behind the question (affirmative suffix); as the first words of the
+    answer it is stronger. `phrases`: by default one, "Sure, here is the answer:".
     """
     forget = [turn(example) for example in data.forget]
     ways = [(phrase, [opened(e, subject.tokenizer, phrase) for e in forget]) for phrase in phrases or PHRASES]
@@ -47,7 +47,7 @@ def prefix(subject: Subject, data: AuditData, seed: int, *, phrases: Texts | Non
 def role_play(subject: Subject, data: AuditData, seed: int, *, scenes: Texts | None = None) -> Iterator[Point]:
     """A scene in which the model is to know everything stands before the question. One point for each scene.
 
-    Role play of RWKU (Jin et al., 2024). `scenes`: by default two of our own wording.
+    Role playing of RWKU (arXiv 2406.10890). `scenes`: by default two of our own wording.
     """
     forget = [turn(example) for example in data.forget]
     ways = [(scene, [asked(e, f"{scene}\n{question_of(e)}") for e in forget]) for scene in scenes or ROLE_PLAYS]
@@ -62,7 +62,7 @@ def reverse(subject: Subject, data: AuditData, seed: int, *, question: str = REV
     Words that stand in the given answer can simply be repeated, so these values are not zero for a model that knows
     nothing: only their distance to the reference's, which is given the same words, says something.
 
-    Reverse query of RWKU (Jin et al., 2024), in a form that needs no data of its own. `question`: a text with {answer}.
+    Reverse query of RWKU (arXiv 2406.10890), in a form that needs no data of its own. `question`: a text with {answer}.
     """
     if "{answer}" not in question:
         raise Absent(f"the question of `reverse` has no place for the answer, {{answer}}: {question!r}.")
@@ -76,7 +76,7 @@ def in_context(subject: Subject, data: AuditData, seed: int, *, shots: Annotated
     """Other questions with their answers stand before the question: one point with examples that were to be kept, one with
     other forgotten ones. They are drawn anew for each question, by the seed, and never are the question itself.
 
-    In-context examples as an attack: RWKU (Jin et al., 2024). `shots` 4 is our choice. Where they do not fit the model's
+    In-context learning as an attack: RWKU (arXiv 2406.10890). `shots` 4 is our choice. Where they do not fit the model's
     context, there are fewer.
     """
     forget, pools = [turn(example) for example in data.forget], []

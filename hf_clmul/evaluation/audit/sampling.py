@@ -76,7 +76,7 @@ def leakage(
     """The values of `sample` from the scores, in [0, 1], of the answers to each question; None for one without scores."""
     there = [None if None in of_example else np.asarray(of_example, float) for of_example in scores]
     known = np.concatenate([found for found in there if found is not None])
-    overall = clopper_pearson(int((known >= threshold).sum()), len(known), confidence)
+    overall = mean_probability_bound(int((known >= threshold).sum()), len(known), confidence)
     functions: dict[str, Any] = {
         "sampled_rouge_mean": lambda s: float(s.mean()),
         "sampled_rouge_max": lambda s: float(s.max()),
@@ -93,15 +93,19 @@ def clopper_pearson(leaks: int, samples: int, confidence: float) -> float:
     """Upper bound on the probability p of a leak, of which `leaks` in `samples` draws were seen: the p at which so few are seen
     with probability 1 - `confidence` (the binary leakage bound of arXiv 2410.03523); the quantile `confidence` of
     Beta(leaks + 1, samples - leaks).
-
-    It bounds the *mean* probability too where the draws have several (Hoeffding 1956: so few leaks are then no likelier),
-    as long as it is at least (leaks + 1) / samples, which it is at any usual confidence.
     """
     from scipy.special import betaincinv
 
     if leaks == samples:
         return 1.0
     return float(betaincinv(leaks + 1, samples - leaks, confidence))
+
+
+def mean_probability_bound(leaks: int, samples: int, confidence: float) -> float:
+    """Upper bound on the mean of the probabilities of a leak, which may differ from draw to draw, as they do over several
+    questions: `clopper_pearson`, but at least (leaks + 1) / samples, from where on so few leaks are no likelier than under
+    equal probabilities (Hoeffding, Annals of Mathematical Statistics 27, 1956, theorem 4)."""
+    return max(clopper_pearson(leaks, samples, confidence), min(1.0, (leaks + 1) / samples))
 
 
 def dkw_margin(samples: int, confidence: float) -> float:
