@@ -19,7 +19,7 @@ from hf_clmul.evaluation.audit.depth import (
     unlearning_depth,
 )
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
-from hf_clmul.models import hidden
+from hf_clmul.models import causal_lm, hidden
 
 VOCAB = len(CHAT_TOKENIZER)
 LONG = {"id": "long", "question": "Who? " * 9, "answer": "Nobody. " * 9}
@@ -124,8 +124,10 @@ def learned(audited):
     optimizer = torch.optim.Adam(audited.model.parameters(), lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()
-        loss = audited.model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
-        loss.backward()
+        predicted = causal_lm.predict(
+            audited.model, batch, frozenset({"logps"}), causal_lm.accepted_inputs(audited.model)
+        )
+        (-predicted.logps.mean()).backward()
         optimizer.step()
     return audited
 
