@@ -145,6 +145,28 @@ def run(
 
 
 @app.command()
+def reference(
+    recipe: Source,
+    overrides: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: in the cache, where `run` finds it.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Its seed; not that of the run, if left out.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, each with the next seed.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Train the same model without what the recipe unlearns, once: what a run is compared with."""
+    with errors_explained(debug):
+        from hf_clmul.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, overrides or ())
+        from hf_clmul.run.retrained import make_references
+
+        for place, was_there in make_references(loaded, output, seed, seeds):
+            say(f"reference: {place}" + " (was there already)" * was_there)
+
+
+@app.command()
 def validate(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> None:
     """Check a recipe and list all its problems. Opens neither the model nor the data."""
     with errors_explained(debug):
@@ -167,6 +189,7 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
 
         loaded = load_recipe(recipe, overrides or ())
         from hf_clmul.report.words import format_bytes
+        from hf_clmul.run.reference import about_reference
         from hf_clmul.run.runner import plan_recipe
 
         rows = plan_recipe(loaded)
@@ -184,6 +207,8 @@ def plan(recipe: Source, overrides: Overrides = None, debug: Debug = False) -> N
             if row["instead"]:
                 again = ", ".join(row["instead"]["trainings"])
                 say(f"  exact would be to train again, without these rows: {again} ({row['instead']['steps']:,} steps)")
+        if (reference_line := about_reference(loaded)) is not None:
+            say(reference_line)
 
 
 def _count(number: int | None) -> str:
@@ -250,6 +275,29 @@ def report(
         from hf_clmul.report.page import write_report
 
         say(f"report: {write_report(run_folder)}")
+
+
+@app.command()
+def audit(
+    run_folder: RunFolder,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="ATTACK.OPTION=VALUE", help="Such as relearn.steps=20.")
+    ] = None,
+    attacks: Annotated[str | None, typer.Option(help="Names, with commas. Default: the recipe's, else all.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A run or a model that never saw the data. Default: the recipe's reference.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Attack the model of a run: does what was forgotten come back? The same command continues an audit."""
+    with errors_explained(debug):
+        from hf_clmul.run.audit import audit_run
+
+        names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
+        record = audit_run(run_folder, names, reference, overrides or ())
+        from hf_clmul.console_audit import print_audit
+
+        print_audit(record, console())
 
 
 @ledger_app.command("verify")

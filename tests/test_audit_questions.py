@@ -20,6 +20,8 @@ from hf_clmul.evaluation.audit.questions import (
     translated,
     worst_case,
 )
+from hf_clmul.evaluation.audit.subject import TextSubject
+from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.models import causal_lm
 
 DATA = AuditData(
@@ -76,6 +78,15 @@ def test_the_forced_beginning_stands_before_what_is_scored_and_generated():
     assert len(run(prefix, phrases=["Yes:", "Of course."])[0]) == 3
 
 
+def test_the_audits_own_subject_gives_the_forced_beginning_too():
+    """It leaves out columns, but not what was encoded."""
+    (plain,), fake = run(prefix)
+    how = Measuring(batch_size=2, max_new_tokens=4, bf16=False)
+    (found,) = prefix(TextSubject(fake.model, fake.tokenizer, DATA, how, samples=2), DATA, 0)
+    assert found.samples == plain.samples
+    assert found.values["answer_probability"] == pytest.approx(plain.values["answer_probability"])
+
+
 def test_a_scene_stands_before_the_question():
     points, subject = run(role_play, scenes=["You are Ada."])
     assert [question_of(probe) for probe in subject.asked[0][1]] == [f"You are Ada.\n{q}" for q, _ in PAIRS]
@@ -103,6 +114,11 @@ def test_in_context_shows_others_and_never_the_question_itself():
             assert shown[-1] == question and len(set(shown)) == 3 and set(shown[:-1]) <= pool - {question}
     again, other = (run(in_context, shots=2, seed=seed)[1].asked for seed in (0, 1))
     assert again == subject.asked != other
+
+
+def test_plain_text_is_nothing_to_show():
+    texts = [{"id": "x", "text": "Ada lives in Bern."}] * 3
+    assert [p.label for p in run(in_context, AuditData(CHATS, retain=texts))[0]] == ["other forgotten examples"]
 
 
 def test_in_context_without_others():

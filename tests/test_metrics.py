@@ -106,12 +106,21 @@ def test_rouge_l_recall_counts_stemmed_words_in_order():
     assert metrics.rouge_l_recall(row(answer="one two six", generated="six two one")) == pytest.approx(1 / 3)
 
 
-def test_rouge_l_recall_of_an_empty_generation_is_zero():
-    assert metrics.rouge_l_recall(row(generated="")) == 0.0
+def test_rouge_l_f1_counts_what_was_said_too_much():
+    # recall 3/5, precision 3/4
+    assert metrics.rouge_l_f1(row()) == pytest.approx(2 * 3 / (5 + 4), rel=1e-12)
+    long = row(answer="one two", generated="one two three four five six")
+    assert (metrics.rouge_l_recall(long), metrics.rouge_l_f1(long)) == (1.0, pytest.approx(2 * 2 / (2 + 6), rel=1e-12))
 
 
-def test_rouge_l_recall_says_nothing_about_a_script_it_cannot_read():
-    assert metrics.rouge_l_recall(row(answer="東京です", generated="東京です")) is None
+@pytest.mark.parametrize("rouge", [metrics.rouge_l_recall, metrics.rouge_l_f1])
+def test_rouge_l_of_an_empty_generation_is_zero(rouge):
+    assert rouge(row(generated="")) == 0.0
+
+
+@pytest.mark.parametrize("rouge", [metrics.rouge_l_recall, metrics.rouge_l_f1])
+def test_rouge_l_says_nothing_about_a_script_it_cannot_read(rouge):
+    assert rouge(row(answer="東京です", generated="東京です")) is None
 
 
 @pytest.mark.parametrize(

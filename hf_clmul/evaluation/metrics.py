@@ -114,9 +114,14 @@ def rouge_l_recall(row: Row) -> float | None:
     The longest common subsequence is taken over words of a-z and 0-9, as rouge_score does. An answer in
     another script has no such words: None, as a 0 would read as forgotten.
     """
-    if not re.search("[a-z0-9]", row["answer"].lower()):
-        return None
-    return float(_rouge_scorer().score(row["answer"], row["generated"])["rougeL"].recall)
+    score = _rouge_l(row)
+    return None if score is None else float(score.recall)
+
+
+def rouge_l_f1(row: Row) -> float | None:
+    """Harmonic mean of `rouge_l_recall` and precision, the share of the generated words; in [0, 1]. MUSE takes it."""
+    score = _rouge_l(row)
+    return None if score is None else float(score.fmeasure)
 
 
 def fluency(row: Row) -> float:
@@ -196,6 +201,12 @@ def _wrong_logps(row: Row) -> list[float]:
     if not len(row["perturbed_logps"]):
         raise ValueError("a row's 'perturbed_logps' is empty; give None where there are no wrong answers")
     return [_mean_logp(logps, "perturbed_logps") for logps in row["perturbed_logps"]]
+
+
+def _rouge_l(row: Row) -> Any:
+    if not re.search("[a-z0-9]", row["answer"].lower()):
+        return None
+    return _rouge_scorer().score(row["answer"], row["generated"])["rougeL"]
 
 
 @cache

@@ -58,6 +58,9 @@ def _what(event: dict[str, Any]) -> str:
             return f"{event['kind']}, {len(event.get('files', {}))} files"
         case "pushed":
             return str(event["url"])
+        case "audited":
+            against = f", against {event['reference']}" if event["reference"] else ""
+            return f"{', '.join(event['attacks']) or 'no attack'}{against}"
         case "redacted":
             return f"{len(event['files'])} files"
     return ", ".join(

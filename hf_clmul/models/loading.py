@@ -83,8 +83,13 @@ def explained_loading(section: "Model") -> Iterator[None]:
 
 def base_folder(section: "Model") -> str:
     """The Hub id or folder that `from_pretrained` takes; a GGUF file is converted once, into the cache."""
-    path = _in_package(section.path) if section.path.startswith(PACKAGE) else section.path
+    path = model_file(section.path)
     return str(_converted(Path(path), section)) if path.endswith(".gguf") else path
+
+
+def model_file(path: str) -> str:
+    """The file behind `package:NAME/FILE`; any other path as it is. Raises RecipeError if it is not there."""
+    return _in_package(path) if path.startswith(PACKAGE) else path
 
 
 def make(scratch: "Scratch", texts: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -12,6 +12,7 @@ from hf_clmul.objectives import COUNTERPARTS, TERMS, term_parameters
 from hf_clmul.objectives.active import DEFAULT_TERMS, odd_company
 from hf_clmul.objectives.penalties import PENALTIES, penalty_parameters
 from hf_clmul.objectives.preparation import NEGATED
+from hf_clmul.recipe.audits import check_audit
 from hf_clmul.recipe.families import check_family
 from hf_clmul.recipe.problems import Key, Problems, one_of, shown, suggestion, value_problem
 from hf_clmul.recipe.schema import Weight
@@ -62,7 +63,9 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     _check_lookahead(tree, problems)
     _check_single_role(tree, problems)
     check_training(tree, problems)
-    check_family(tree, tree.get("family", default=DEFAULT_FAMILY), problems)
+    family = tree.get("family", default=DEFAULT_FAMILY)
+    check_family(tree, family, problems)
+    check_audit(tree, family, problems)
 
 
 def _edits(tree: Tree) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from hf_clmul.paths import shared_path
+from hf_clmul.recipe.audits import ATTACK_TABLE
 from hf_clmul.recipe.checks import RULE, TERM_TABLES, check_recipe
 from hf_clmul.recipe.problems import Key, Place, Problems, dotted, shown
 from hf_clmul.recipe.schema import Data, Learn, Recipe, Unlearn, validated
@@ -130,13 +131,13 @@ def _merged(source: Source, problems: Problems) -> Tree | None:
 def _overlay(base: Tree, top: Tree, key: Key = ()) -> None:
     """Writes `top` over `base`: sections key by key, values and lists whole.
 
-    Tables of terms and the conflict rule are replaced whole too: naming `forget: simnpo` chooses it instead
+    Tables of terms and of attacks, and the conflict rule, are replaced whole too: naming `forget: simnpo` chooses it instead
     of the base's term, not beside it.
     """
     base.places[key] = top.place(*key)
     for name, value in top.section(*key).items():
         child = (*key, name)
-        whole = child in TERM_TABLES or child == RULE
+        whole = child in (*TERM_TABLES, RULE, ATTACK_TABLE)
         if isinstance(value, dict) and isinstance(base.get(*child), dict) and not whole:
             _overlay(base, top, child)
         else:
@@ -176,17 +177,17 @@ def _override(tree: Tree, override: str, problems: Problems) -> None:
 
 
 def _expand_terms(tree: Tree) -> None:
-    """`forget: npo` stands for `forget: {npo: {}}`, and `npo:` with nothing behind it for `npo: {}`. The
+    """`forget: npo` stands for `forget: {npo: {}}`, and `npo:` with nothing behind it for `npo: {}`; so with attacks. The
     conflict rule becomes a name where it has no parameters."""
     for name, parameters in tree.section(*RULE).items():
         if parameters in (None, {}) and len(tree.section(*RULE)) == 1:
             tree.put(RULE, Tree(name, {(): tree.place(*RULE, name)}))
-    for table in TERM_TABLES:
+    for table in (*TERM_TABLES, ATTACK_TABLE):
         terms: Any = tree.get(*table, default={})
         place = tree.place(*table)
         if isinstance(terms, str):
             tree.put(table, Tree({terms: {}}, {(): place, (terms,): place}))
-        elif terms is None:
+        elif terms is None and table != ATTACK_TABLE:  # which stands for all attacks
             tree.put(table, Tree({}, {(): place}))
         for name, parameters in tree.section(*table).items():
             if parameters is None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
+from hf_clmul.evaluation.audit.options import Audit
 from hf_clmul.families.options import Diffusion
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Section
@@ -230,7 +231,10 @@ class Evaluation(Section):
     )
     max_new_tokens: Count = 64
     batch_size: Count = 16
-    reference: str | None = Field(None, description="JSON file with the figures of the retrained model")
+    reference: str | None = Field(
+        None,
+        description="JSON file with the figures of the retrained model, or its run folder; null or auto: the one in the cache",
+    )
     score: Literal[
         "rouge_l_recall", "answer_probability", "exact_memorization", "extraction_strength", "prompt_accuracy"
     ] = Field("rouge_l_recall", description="the metric of the matrix of stages and tasks")
@@ -319,6 +323,7 @@ class Recipe(Section):
     teacher: Named = "before_request"
     training: TrainingFields = {}
     evaluation: Evaluation = Evaluation()
+    audit: Audit = Audit()
     export: Export = Export()
 
     _source: str | None = PrivateAttr(None)

@@ -13,6 +13,8 @@ from hf_clmul.recipe.problems import Key, Place, Problems, suggestion
 from hf_clmul.recipe.tree import Tree, parse_yaml
 
 DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
+AUTO = "auto"
+"""As `evaluation.reference`: what `hf-clmul reference` trained, as null is, for a recipe whose base names a file."""
 BUILTIN_LABEL = "built-in recipe "
 _HUB = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>[^@]+)(?:@(?P<late>[^/@]+))?")
 _NOT_RECIPES = ("accelerate",)  # launch configurations lie beside the recipes
@@ -154,7 +156,7 @@ def local_keys(tree: Tree) -> Iterator[Key]:
     folder = tree.place("model", "path").folder
     if isinstance(path := tree.get("model", "path"), str) and is_local_model(path, folder):
         yield ("model", "path")
-    if isinstance(tree.get("evaluation", "reference"), str):
+    if tree.get("evaluation", "reference") != AUTO and isinstance(tree.get("evaluation", "reference"), str):
         yield ("evaluation", "reference")
 
 
@@ -201,8 +203,13 @@ def _check_exists(absolute: str, path: str, place: Place, key: Key, problems: Pr
         )
     elif is_data and not absolute.lower().endswith(DATA_ENDINGS):
         problems.add(place, key, "", f"a folder, or a file ending in {', '.join(DATA_ENDINGS)}", f"'{path}'")
-    elif key[0] == "evaluation" and not os.path.isfile(absolute):
-        problems.add(place, key, "", "a file", f"the folder '{path}'")
+    elif (
+        key[0] == "evaluation"
+        and os.path.isdir(absolute)
+        and not os.path.isfile(os.path.join(absolute, "results.json"))
+    ):
+        expected = f"a JSON file, a run folder, or {AUTO}"
+        problems.add(place, key, "", expected, f"the folder '{path}'", "a run folder has a results.json")
 
 
 def copy_builtin(name: str, destination: str | Path = ".") -> list[Path]:

@@ -64,6 +64,7 @@ class Run:
     state: PartialState
     loaded: Loaded
     model: Any
+    reference: dict[str, Any] | None = None  # what the record shows of it, of the main process
     ledger: RunLedger | None = None  # of the main process
     encoded: dict[tuple[int, int | None], Encoded] = field(default_factory=dict)
     carried: Carried = field(default_factory=Carried)

@@ -33,11 +33,13 @@ def record(
     about: Mapping[str, Any],
     events: list[dict[str, Any]],
     began: float,
+    reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of a run as far as it got, from its finished stages and the events of its ledger.
 
     `model` is what trains, and `about` what the record says of it beside its size. `began` is when this process started, in
-    seconds since 1970; `seconds` counts earlier processes too, up to the last thing that each wrote into the ledger.
+    seconds since 1970; `seconds` counts earlier processes too, up to the last thing that each wrote into the ledger. `reference`
+    are the figures of the retrained model (`retrained.reference_for`).
     """
     parameters = list(model.parameters())
     return {
@@ -67,7 +69,7 @@ def record(
         "seconds": round(_seconds_before(events) + time.time() - began, 3),
         "peak_memory_bytes": peak_memory(),
         "stages": stages,
-        "reference": reference_of(recipe),
+        "reference": reference,
         "export": None,
     }
 
@@ -130,7 +132,7 @@ def reference_of(recipe: Recipe) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"evaluation.reference: {path} cannot be read as a record of a retrained model ({error!r}). "
-            "It needs `source` and `groups`: {group: {metric: {mean, std}}}; set it to null if there is none."
+            "It needs `source` and `groups`: {group: {metric: {mean, std}}}; set it to null if there is none, or name a run folder."
         ) from error
 
 

@@ -38,10 +38,11 @@ from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run.hub import push
 from hf_clmul.run.ledger import RunLedger, check_ledger
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.measuring import measuring
 from hf_clmul.run.request import Run, carry_out, draw_pictures, on_main_first, prepare, superseded, try_first
-from hf_clmul.run.results import hardware, record, reference_of, shared, versions
+from hf_clmul.run.results import hardware, record, shared, versions
+from hf_clmul.run.retrained import reference_for
 from hf_clmul.run.stages import measure_stage
-from hf_clmul.training_args import ClmulConfig
 
 
 def run_recipe(recipe: Recipe, output: Path) -> Path:
@@ -60,21 +61,24 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         folder, steps = RunFolder(Path(output)), plan_steps(recipe)
         _wanted(recipe, steps)  # a mistake there must not cost hours
         whole = groups(recipe, shown(recipe, steps))
-        chosen, how = evaluated(recipe, shown(recipe, steps), whole), _measuring(recipe)
+        chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring(recipe)
         named = [
             load_examples(recipe.data[name], name)
             for name in (recipe.evaluation.held_out, recipe.evaluation.forget)
             if name
         ]
         measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
-        on_main_first(state, lambda: (reference_of(recipe), held.enter_context(folder.locked())))
+        found: list[dict[str, Any] | None] = []  # of the main process
+        on_main_first(state, lambda: (found.append(reference_for(recipe, chosen)), held.enter_context(folder.locked())))
+        reference = found[0] if found else None
         on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
                 loaded = load_of(recipe, texts(whole))
             model = loaded.to(state.device)
-            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model), began)
+            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference), began)
+        on_main_first(state, lambda: _refer(folder, reference))
         on_main_first(state, lambda: _close(recipe, folder, steps))
     return folder.report
 
@@ -167,6 +171,14 @@ def _finish(run: Run, began: float) -> None:
     _write_json(run.folder.results, whole)
 
 
+def _refer(folder: RunFolder, reference: dict[str, Any] | None) -> None:
+    """Puts beside a complete run a reference that was trained since. The card in `model/` stays as it was exported."""
+    results = json.loads(folder.results.read_text("utf-8"))
+    if reference is not None and results["reference"] != reference:
+        _write_json(folder.results, {**results, "reference": reference})
+        folder.report.unlink(missing_ok=True)
+
+
 def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
     """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
     if not folder.report.is_file():
@@ -183,7 +195,8 @@ def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
 def _record(run: Run, status: str, began: float) -> dict[str, Any]:
     stages = [stage for stage in map(run.folder.result, [None, *run.steps]) if stage is not None]
     events = ledger.verify(run.folder.ledger)
-    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, run.loaded.about, events, began)
+    about = run.loaded.about
+    whole = record(run.recipe, run.recipe_sha256, stages, status, run.model, about, events, began, run.reference)
     now = {column.name: run.evaluated.digest(column) for column in run.evaluated.columns}
     like = [{**s, "tasks": {c: t for c, t in s["tasks"].items() if t["rows"] == now.get(c)}} for s in stages]
     stream = stream_record(like, [column.record() for column in run.evaluated.columns], run.recipe.evaluation.score)
@@ -228,17 +241,3 @@ def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
 
 def _plain(how: Measuring | Images) -> dict[str, Any]:
     return how.model_dump() if isinstance(how, Images) else asdict(how)
-
-
-def _measuring(recipe: Recipe) -> Measuring | Images:
-    """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so."""
-    if recipe.family == "diffusion":
-        return recipe.evaluation.images
-    trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
-    lengths = [training.get("max_length", ClmulConfig.max_length) for training in trainings]
-    return Measuring(
-        recipe.evaluation.batch_size,
-        recipe.evaluation.max_new_tokens,
-        all(training.get("bf16", False) for training in trainings),
-        None if None in lengths else max(lengths),
-    )

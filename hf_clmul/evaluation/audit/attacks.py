@@ -1,14 +1,30 @@
 """The table of attacks, in the order in which an audit makes them. It loads no model and imports no torch."""
 
+import inspect
+from typing import Any
+
 from hf_clmul.evaluation.audit.depth import logit_lens, patching
 from hf_clmul.evaluation.audit.protocol import AttackEntry
+from hf_clmul.evaluation.audit.quantization import quantize
 from hf_clmul.evaluation.audit.questions import in_context, paraphrase, prefix, reverse, reworded, role_play, translated
+from hf_clmul.evaluation.audit.relearning import benign, relearn, relearn_partly, unrelated
+from hf_clmul.evaluation.audit.removal import remove_adapter, remove_direction
 from hf_clmul.evaluation.audit.sampling import sample
 
 RWKU = "arXiv 2406.10890"
 
 # fmt: off
 ATTACKS: dict[str, AttackEntry] = {
+    "remove_adapter": AttackEntry(remove_adapter, "weights", "causal_lm", "-", "switches off the adapter of a filter"),
+    "quantize": AttackEntry(quantize, "weights", "causal_lm", "arXiv 2410.16454", "rounds the weights to 8 and to 4 bits"),
+    "relearn": AttackEntry(relearn, "weights", "causal_lm", "arXiv 2506.12618", "fine-tunes on what was forgotten"),
+    "relearn_partly": AttackEntry(
+        relearn_partly, "weights", "causal_lm", "arXiv 2410.08827", "fine-tunes on a half of it, measures the other"),
+    "benign": AttackEntry(benign, "weights", "causal_lm", "arXiv 2406.13356", "fine-tunes on what was retained"),
+    "unrelated": AttackEntry(
+        unrelated, "weights", "causal_lm", "arXiv 2409.18025", "fine-tunes on a few unrelated examples"),
+    "remove_direction": AttackEntry(
+        remove_direction, "weights", "causal_lm", "arXiv 2406.11717", "takes one direction out of the residual stream"),
     "prefix": AttackEntry(prefix, "question", "causal_lm", RWKU, "makes the answer begin with \"Sure, here is the answer:\""),
     "role_play": AttackEntry(role_play, "question", "causal_lm", RWKU, "asks someone who is said to know everything"),
     "reverse": AttackEntry(reverse, "question", "causal_lm", RWKU, "gives the answer and asks for the question"),
@@ -25,3 +41,14 @@ ATTACKS: dict[str, AttackEntry] = {
         patching, "nothing", "causal_lm", "arXiv 2605.24614", "puts its hidden states into the model before unlearning"),
 }
 # fmt: on
+
+
+def attacks_of(family: str) -> dict[str, AttackEntry]:
+    """The attacks on models of a family."""
+    return {name: entry for name, entry in ATTACKS.items() if entry.family == family}
+
+
+def attack_parameters(name: str) -> dict[str, tuple[Any, Any]]:
+    """The options of an attack, {name: (type, default)}: its function's keyword-only arguments."""
+    signature = inspect.signature(ATTACKS[name].function).parameters.values()
+    return {p.name: (p.annotation, p.default) for p in signature if p.kind is p.KEYWORD_ONLY}

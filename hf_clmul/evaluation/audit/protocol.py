@@ -54,6 +54,11 @@ class Subject(Protocol):
         extraction_strength, exact_memorization, and of both groups min_k_auc. With `forget` the questions are asked as
         given there (one for each example, in order) and min_k_auc is left out."""
 
+    def fine_tune(
+        self, examples: Sequence[Example], seed: int, *, steps: int, learning_rate: float, batch_size: int
+    ) -> Iterator[int]:
+        """Trains the model plainly on the examples, and yields the number of steps done after each."""
+
 
 Attack = Callable[..., Iterator[Point]]
 """(subject, data, seed, **parameters) -> points, the first of them often the untouched model."""

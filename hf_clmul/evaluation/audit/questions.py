@@ -80,8 +80,9 @@ def in_context(subject: Subject, data: AuditData, seed: int, *, shots: Annotated
     context, there are fewer.
     """
     forget, pools = [turn(example) for example in data.forget], []
-    if data.retain:
-        pools.append(("other retained examples", [turn(example) for example in data.retain]))
+    retain = [turn(example) for example in data.retain if example_format(example) != ("text",)]
+    if retain:
+        pools.append(("other retained examples", retain))
     if len(forget) > 1:
         pools.append(("other forgotten examples", forget))
     if not pools:

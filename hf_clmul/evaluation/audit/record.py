@@ -1,0 +1,124 @@
+"""The record of an audit, RUN/audit/audit.json: typed, versioned and checked when it is read. It measures nothing, and knows no
+attack by name."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hf_clmul.errors import RunError
+from hf_clmul.recipe.problems import dotted
+
+SCHEMA = 1
+FILE = Path("audit") / "audit.json"
+REMEDY = "Audit the run again (`hf-clmul audit RUN`) to write it anew."
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Value(_Part):
+    """A number, of how many examples it is, and its 95 % interval; none of a single example."""
+
+    value: float
+    n: int
+    low: float | None
+    high: float | None
+
+
+class Compared(_Part):
+    """One metric of the run and of the reference under the same attack, and the distance between the two."""
+
+    run: Value
+    reference: Value | None
+    gap: Value | None
+
+
+class Sample(_Part):
+    """What was asked, the true answer, what the run said, and what the reference did."""
+
+    question: str
+    answer: str
+    generated: str
+    reference: str | None
+
+
+class Measured(_Part):
+    """A point of an attack; `x` is on the attack's own scale (steps, samples, layers)."""
+
+    label: str
+    x: float | None
+    metrics: dict[str, Compared]
+    samples: list[Sample]
+
+
+class AttackRecord(_Part):
+    """One attack on the run and on the reference. `absent`: why it could not be tried, and then there are no points;
+    `reference_absent`: why not on the reference."""
+
+    attack: str
+    changes: Literal["weights", "question", "nothing"]
+    summary: str
+    parameters: dict[str, Any]
+    seconds: float
+    reference_seconds: float | None
+    peak_memory_bytes: int | None
+    absent: str | None
+    reference_absent: str | None
+    points: list[Measured]
+
+
+class Reference(_Part):
+    folder: str
+    name: str
+
+
+class AuditRecord(_Part):
+    """The whole record. `reference_missing`: why there is no reference."""
+
+    schema_version: Literal[1]
+    run: str
+    name: str
+    model_sha256: str
+    reference: Reference | None
+    reference_missing: str | None
+    seed: int
+    created: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    before: dict[str, Compared]
+    attacks: list[AttackRecord]
+    verdict: list[str]
+
+
+def checked(record: Any, where: str) -> dict[str, Any]:
+    """The record as it was given. Raises RunError, with a remedy, where it is not what `AuditRecord` says."""
+    version = record.get("schema") if isinstance(record, dict) else None
+    if version != SCHEMA:
+        raise RunError(
+            f"{where} is no audit record of schema {SCHEMA}, the one that this version reads; found schema "
+            f"{json.dumps(version, default=str)}. {REMEDY}"
+        )
+    renamed = {"schema_version": version, **{key: value for key, value in record.items() if key != "schema"}}
+    try:
+        AuditRecord.model_validate(renamed)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = dotted(first["loc"]).replace("schema_version", "schema")
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise RunError(f"{where} is no audit record: {key}: {first['msg']}{more}. {REMEDY}") from None
+    return record
+
+
+def read_audit(root: Path) -> dict[str, Any] | None:
+    """The audit of a run folder, or None where there was none. Raises RunError for a corrupt one, or one of another schema."""
+    file = root / FILE
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read as JSON ({error}). {REMEDY}") from None
+    return checked(record, str(file))

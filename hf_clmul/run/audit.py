@@ -1,0 +1,277 @@
+"""Carries out an audit: each attack on the model of a run and on the reference, a fresh model each, kept one by one; then the record
+and its verdict. Knows run folders and the protocol of attacks; nothing of what they do."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters, attacks_of
+from hf_clmul.evaluation.audit.kept import REFERENCE, RUN, Attacked, read_kept, write_kept
+from hf_clmul.evaluation.audit.merging import compared, merged
+from hf_clmul.evaluation.audit.protocol import Absent, Point, Subject
+from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked
+from hf_clmul.evaluation.audit.verdict import verdict
+from hf_clmul.hashes import digest, file_hashes
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.files import read_results
+from hf_clmul.paths import atomic_write
+from hf_clmul.plan.steps import plan_steps
+from hf_clmul.recipe.load import load_recipe
+from hf_clmul.recipe.problems import did_you_mean
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.audit_families import Prepared, prepared
+from hf_clmul.run.folder import COMPLETE, RunFolder
+from hf_clmul.run.ledger import check_ledger
+from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.results import hardware, peak_memory, versions
+
+BEFORE = "before"
+SECTION = ("attacks", "after_run")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the two models: the folder that is opened, a hash of its files, a name, and whether it is the run's own."""
+
+    folder: Path
+    sha256: str
+    name: str
+    is_run: bool
+
+
+def audit_run(
+    root: Path, names: Sequence[str] | None = None, reference: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Audits a finished run and returns the record, which is in RUN/audit/audit.json then.
+
+    `names` are attacks, all that the recipe names (or that there are) by default; `overrides` are options, such as
+    `relearn.steps=20`. Raises RunError for a folder that is no complete run, RecipeError for attacks or options that there are
+    not.
+    """
+    folder = RunFolder(Path(root))
+    results = _results(folder)
+    plain = load_recipe(folder.recipe)
+    recipe = load_recipe(folder.recipe, [_whole_key(override) for override in overrides])
+    with quiet_libraries(), folder.locked():
+        check_ledger(folder)
+        return audit(recipe, folder, results, _chosen(plain, recipe, names), reference)
+
+
+def audit(
+    recipe: Recipe, folder: RunFolder, results: Mapping[str, Any], attacks: Mapping[str, Mapping[str, Any]],
+    reference: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`audit_run` of a folder that is locked. `attacks` is {attack: {option: value}}."""
+    state = PartialState()
+    if state.num_processes > 1:
+        raise RunError(
+            "an audit takes one process, and this one runs on several: start it with plain `hf-clmul audit RUN`."
+        )
+    ready = prepared(recipe, plan_steps(recipe), state.device)
+    own = Model(folder.model, _sha256(folder.model, results), results["name"], True)
+    other, missing = _reference(recipe, reference)
+    places = folder.root / FILE.parent / "attacks"
+    models = [own] if other is None else [own, other]
+    found: dict[str, dict[str, Attacked]] = {}
+    with tqdm(total=(1 + len(attacks)) * len(models), desc="audit", unit="attack") as bar:
+        for name, options in {BEFORE: {}, **attacks}.items():
+            found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", bar)
+    record = _record(recipe, own, other, missing, attacks, found, state)
+    _write(folder, record)
+    return record
+
+
+def _sides(
+    recipe: Recipe,
+    ready: Prepared,
+    name: str,
+    options: Mapping[str, Any],
+    models: Sequence[Model],
+    file: Path,
+    bar: Any,
+) -> dict[str, Attacked]:
+    """An attack on each model; what was measured before, under the same circumstances, is read back."""
+    before, sides = read_kept(file), {}
+    for model in models:
+        side = RUN if model.is_run else REFERENCE
+        bar.set_postfix_str(f"{name}, {model.name}")
+        key = digest(
+            [SCHEMA, name, _parameters(name, options), recipe.seed, model.sha256, vars(ready.data), ready.about]
+        )
+        if side in before and before[side].key == key:
+            sides[side] = before[side]
+        else:
+            subject = ready.open(model.folder, model.is_run)
+            sides[side] = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
+            del subject
+            write_kept(file, {**before, **sides})
+        bar.update()
+    return sides
+
+
+def _attack(name: str) -> Callable[..., Any]:
+    return _untouched if name == BEFORE else ATTACKS[name].function
+
+
+def _untouched(subject: Subject, data: Any, seed: int) -> list[Point]:
+    return [subject.measure(BEFORE)]
+
+
+def _attacked(
+    key: str, attack: Callable[..., Any], subject: Subject, ready: Prepared, seed: int, options: Mapping[str, Any]
+) -> Attacked:
+    began, absent = time.monotonic(), None
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    points: list[Point] = []
+    try:
+        points += attack(subject, ready.data, seed, **options)
+    except Absent as reason:
+        points, absent = [], str(reason)
+    peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
+    return Attacked(key, points, round(time.monotonic() - began, 3), peak, absent)
+
+
+def _record(
+    recipe: Recipe, own: Model, other: Model | None, missing: str | None, attacks: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, Mapping[str, Attacked]], state: PartialState,
+) -> dict[str, Any]:  # fmt: skip
+    first = found[BEFORE]
+    start = compared(first[RUN].points[0], first[REFERENCE].points[0] if REFERENCE in first else None, recipe.seed)
+    entries = [_entry(name, options, found[name], recipe.seed) for name, options in attacks.items()]
+    return {
+        "schema": SCHEMA,
+        "run": str(own.folder.parent),
+        "name": own.name,
+        "model_sha256": own.sha256,
+        "reference": None if other is None else {"folder": str(other.folder), "name": other.name},
+        "reference_missing": missing,
+        "seed": recipe.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(recipe.family),
+        "hardware": hardware(state.device.type, state.num_processes),
+        "before": start,
+        "attacks": entries,
+        "verdict": verdict(start, entries, missing),
+    }
+
+
+def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked], seed: int) -> dict[str, Any]:
+    run, other, known = sides[RUN], sides.get(REFERENCE), ATTACKS[name]
+    return {
+        "attack": name,
+        "changes": known.changes,
+        "summary": known.summary,
+        "parameters": _parameters(name, options),
+        "seconds": run.seconds,
+        "reference_seconds": None if other is None else other.seconds,
+        "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
+        "absent": run.absent,
+        "reference_absent": None if other is None else other.absent,
+        "points": merged(run.points, None if other is None else other.points, seed),
+    }
+
+
+def _parameters(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options as plain data, defaults filled in."""
+    defaults = {} if name == BEFORE else {key: default for key, (_, default) in attack_parameters(name).items()}
+    return json.loads(json.dumps({**defaults, **options}))
+
+
+def _write(folder: RunFolder, record: dict[str, Any]) -> None:
+    """Nothing is written where nothing was found that is not recorded already."""
+    checked(record, "the audit")
+    file = folder.root / FILE
+    old = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    new = json.loads(json.dumps(record))
+    times = ("created", "versions", "hardware")
+    if isinstance(old, dict) and all(old.get(key) == new[key] for key in new if key not in times):
+        return
+    text = json.dumps(record, indent=1) + "\n"
+    atomic_write(file, text)
+    ledger.append(
+        folder.ledger, "audited", attacks=[entry["attack"] for entry in record["attacks"]],
+        model_sha256=record["model_sha256"], reference=record["reference"] and record["reference"]["name"], record_sha256=digest(new),
+    )  # fmt: skip
+
+
+def _chosen(plain: Recipe, changed: Recipe, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """{attack: options}, in the order of the table. An attack whose option is changed on the command line is made too."""
+    known, given = list(attacks_of(plain.family)), changed.audit.attacks or {}
+    for name in names or ():
+        if name not in known:
+            raise RecipeError(
+                f"--attacks: unknown attack {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+    by_recipe = known if plain.audit.attacks is None else plain.audit.attacks
+    wanted = {*(by_recipe if names is None else names), *(set(given) - set(plain.audit.attacks or ()))}
+    return {name: given.get(name, {}) for name in known if name in wanted}
+
+
+def _whole_key(override: str) -> str:
+    """`relearn.steps=20` stands for `audit.attacks.relearn.steps=20`."""
+    return (
+        f"audit.{override}" if override.partition(".")[0].partition("=")[0] in SECTION else f"audit.attacks.{override}"
+    )
+
+
+def _results(folder: RunFolder) -> dict[str, Any]:
+    """results.json of a complete run. Raises RunError for anything else."""
+    results = read_results(folder.root)
+    if results is None or not folder.recipe.is_file():
+        raise RunError(
+            f"{folder.root} is no run folder: there is no results.json in it. Give the folder of a run, such as runs/quickstart."
+        )
+    if results.get("status") != COMPLETE or not folder.model.is_dir():
+        raise RunError(
+            f"{folder.root} is not complete, and only a finished model can be audited: continue the run with "
+            "`hf-clmul run` and the same recipe, then audit it."
+        )
+    return results
+
+
+def _reference(recipe: Recipe, given: Path | None) -> tuple[Model | None, str | None]:
+    """The reference that a user names, else the one that was trained for the recipe; or why there is none."""
+    if given is not None:
+        return _model_at(given), None
+    from importlib.util import find_spec
+
+    if find_spec("hf_clmul.run.reference") is None:
+        return None, "none was given with --reference"
+    from hf_clmul.run.reference import found_reference, reference_recipe
+
+    try:
+        reference_recipe(recipe)
+    except RecipeError as error:
+        return None, str(error)
+    found = found_reference(recipe)
+    if found is None:
+        return None, "none was trained; `hf-clmul reference RECIPE` does it"
+    return _model_at(found), None
+
+
+def _model_at(place: Path) -> Model:
+    """A run's model, or a model's own folder."""
+    if not place.is_dir():
+        raise RunError(f"the reference {place} is no folder. Give a run, or a folder made by save_pretrained.")
+    results = read_results(place)
+    if results is None:
+        return Model(place, _sha256(place, {}), place.resolve().name, False)
+    folder = RunFolder(place)
+    return Model(folder.model, _sha256(folder.model, _results(folder)), results["name"], False)
+
+
+def _sha256(folder: Path, results: Mapping[str, Any]) -> str:
+    """Of all files but the card, and of the base that an adapter stands on."""
+    files = {name: sha256 for name, sha256 in file_hashes(folder).items() if name != "README.md"}
+    return digest([files, results.get("model", {}).get("sha256")])
