@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, MinLen
 
+from hf_clmul.data.encoding import example_format
 from hf_clmul.evaluation.audit.probes import (
     after,
     answer_of,
