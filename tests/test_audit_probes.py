@@ -1,11 +1,17 @@
 """Probes: every format of data asked in another way, down to the tokens that the model reads."""
 
+import subprocess
+import sys
+
 import pytest
 from audit_probe_bed import CHAT_TOKENIZER, FORMATS, PAIRS, PLAIN_TOKENIZER, PROMPTS, QUESTIONS, TURNS
 
 from hf_clmul.data.encoding import encode, first_label
+from hf_clmul.errors import RecipeError
+from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
 from hf_clmul.evaluation.audit.probes import after, answer_of, answered, asked, opened, question_of, turn
 from hf_clmul.evaluation.audit.protocol import Absent
+from hf_clmul.recipe.load import load_recipe
 
 PHRASE = "Sure, here is the answer:"
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -96,3 +102,43 @@ def test_examples_that_do_not_fit_are_left_out_from_the_first_on():
     assert after(third, [first, second], CHAT_TOKENIZER, room) == one
     assert after(third, [first, second], CHAT_TOKENIZER, room - 1) == third
     assert after(third, [first, second], CHAT_TOKENIZER, 1) == third
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ("prefix: {phrases: [Yes.]}, sample: {samples: 4, threshold: 0.5}, patching: {before: full, layers: 3}", None),
+        ("prefix: {phrases: []}", "audit.attacks.prefix.phrases"),
+        ("role_play: {scenes: You are Ada.}", "audit.attacks.role_play.scenes"),
+        ("sample: {threshold: 1.5}", "audit.attacks.sample.threshold"),
+        ("sample: {samples: 0}", "audit.attacks.sample.samples"),
+        ("in_context: {shots: 0}", "audit.attacks.in_context.shots"),
+        ("logit_lens: {layer: 3}", "audit.attacks.logit_lens.layer"),
+    ],
+)
+def test_options_are_checked_in_the_recipe(repo, tmp_path, given, wrong):
+    file = tmp_path / "recipe.yaml"
+    text = (repo / "recipes" / "quickstart.yaml").read_text()
+    file.write_text(f"{text}\naudit: {{attacks: {{{given}}}}}\n")
+    if wrong is None:
+        assert load_recipe(file).audit.attacks["sample"] == {"samples": 4, "threshold": 0.5}
+    else:
+        with pytest.raises(RecipeError, match=wrong):
+            load_recipe(file)
+
+
+def test_the_table_of_attacks_needs_no_torch():
+    code = "import sys, hf_clmul.evaluation.audit.attacks; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_documentation_names_every_option(repo):
+    text = (repo / "docs" / "audit-probes.md").read_text()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `")}
+    probes = {name for name, entry in ATTACKS.items() if entry.changes != "weights"}
+    assert set(rows) == probes
+    for name, row in rows.items():
+        for option, (_, default) in attack_parameters(name).items():
+            assert f"`{option}" in row, (name, option)
+            if isinstance(default, int | float):
+                assert f"{option}: {default}`" in row, (name, option)
