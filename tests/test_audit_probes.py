@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from audit_probe_bed import CHAT_TOKENIZER, FORMATS, PAIRS, PLAIN_TOKENIZER, PROMPTS, QUESTIONS, TURNS
+from small_recipe import RECIPE
 
 from hf_clmul.data.encoding import encode, first_label
 from hf_clmul.errors import RecipeError
@@ -116,10 +117,10 @@ def test_examples_that_do_not_fit_are_left_out_from_the_first_on():
         ("logit_lens: {layer: 3}", "audit.attacks.logit_lens.layer"),
     ],
 )
-def test_options_are_checked_in_the_recipe(repo, tmp_path, given, wrong):
+def test_options_are_checked_in_the_recipe(tmp_path, given, wrong):
     file = tmp_path / "recipe.yaml"
-    text = (repo / "recipes" / "quickstart.yaml").read_text()
-    file.write_text(f"{text}\naudit: {{attacks: {{{given}}}}}\n")
+    (tmp_path / "notes.jsonl").write_text('{"question": "Who?", "answer": "Ada."}\n')
+    file.write_text(f"{RECIPE}audit: {{attacks: {{{given}}}}}\n")
     if wrong is None:
         assert load_recipe(file).audit.attacks["sample"] == {"samples": 4, "threshold": 0.5}
     else:
