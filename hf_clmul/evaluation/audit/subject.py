@@ -92,8 +92,10 @@ def open_text(
 
 
 def _bare(example: Example) -> Mapping[str, Any]:
-    """Without what the audit does not ask for, such as wrong answers, each of which would cost a forward pass."""
-    return {key: example[key] for key in ("id", *example_format(example)) if key in example}
+    """Without what the audit does not ask for, such as wrong answers, each of which would cost a forward pass. Where an attack
+    encoded it, so that part of the answer is given, that stays."""
+    keys = ("id", *example_format(example), "input_ids", "labels")
+    return {key: example[key] for key in keys if key in example}
 
 
 def _min_k_scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
