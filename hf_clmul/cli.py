@@ -252,6 +252,26 @@ def report(
         say(f"report: {write_report(run_folder)}")
 
 
+@app.command()
+def compare(
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders.")],
+    output: Annotated[Path, typer.Option(help="The folder to write compare.html into.")] = Path("runs/compare"),
+    debug: Debug = False,
+) -> None:
+    """Lay runs side by side: where each ended, and forgetting drawn against keeping."""
+    with errors_explained(debug):
+        from hf_clmul.report.compare import write_comparison
+
+        found, page = write_comparison(run_folders, output)
+        table = Table(*found.columns)
+        for shown in found.runs:
+            table.add_row(*shown.cells)
+        console().print(table)
+        for note in found.notes:
+            say(note)
+        say(f"comparison: {page}")
+
+
 @ledger_app.command("verify")
 def verify_ledger(run_folder: RunFolder, debug: Debug = False) -> None:
     """Check that nobody changed, removed, put in or moved a line of the ledger."""
