@@ -4,21 +4,16 @@ before a command needs it, and holds no logic of its own."""
 import json
 import os
 import platform
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hf_clmul import __version__
-from hf_clmul.errors import ClmulError
+from hf_clmul.cli_output import console, errors_explained, is_main_process, say
 
 app = typer.Typer(
     help="Generative models that keep learning and can forget. A recipe lists what to learn and unlearn.",
@@ -43,64 +38,11 @@ PACKAGES = (
     "huggingface_hub",
     "numpy",
 )
-MAX_WIDTH = 120  # wider tables are hard to read
-INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-def is_main_process() -> bool:
-    """False on all ranks but the first, which print nothing. RANK counts over machines, LOCAL_RANK within
-    one."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) == 0
-
-
-def console(stderr: bool = False) -> Console:
-    """Made anew each time: the streams may have been redirected since."""
-    made = Console(stderr=stderr, highlight=False, quiet=not is_main_process())
-    made.width = min(made.width, MAX_WIDTH)
-    return made
-
-
-def say(text: str, stderr: bool = False) -> None:
-    """Prints text as it is: no markup, no wrapping, so that it can be copied and searched."""
-    console(stderr).print(text, markup=False, emoji=False, soft_wrap=True)
-
-
-@contextmanager
-def errors_explained(debug: bool) -> Iterator[None]:
-    """Turns every error into a message and an exit code; the traceback is for --debug."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        say("stopped; run the same command to continue", stderr=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        raise typer.Exit(1) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        elif isinstance(error, ClmulError):
-            say(str(error), stderr=True)
-        else:
-            _say_unexpected(error)
-        raise typer.Exit(error.exit_code if isinstance(error, ClmulError) else 1) from None
-
-
-def _say_unexpected(error: Exception) -> None:
-    message = " ".join(str(error).split())
-    line = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    # A failure of one rank alone would otherwise be seen as nothing but a hanging job.
-    rank = "" if is_main_process() else f"rank {os.environ.get('RANK') or os.environ.get('LOCAL_RANK')}: "
-    Console(stderr=True, highlight=False).print(
-        f"{rank}{line}\nrun again with --debug for the traceback", markup=False, soft_wrap=True
-    )
 
 
 def _show_version(asked: bool) -> None:
@@ -326,6 +268,26 @@ def audit(
         from hf_clmul.console_audit import print_audit
 
         print_audit(record, console())
+
+
+@app.command()
+def compare(
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN ...", help="Run folders.")],
+    output: Annotated[Path, typer.Option(help="The folder to write compare.html into.")] = Path("runs/compare"),
+    debug: Debug = False,
+) -> None:
+    """Lay runs side by side: where each ended, and forgetting drawn against keeping."""
+    with errors_explained(debug):
+        from hf_clmul.report.compare import write_comparison
+
+        found, page = write_comparison(run_folders, output)
+        table = Table(*found.columns)
+        for shown in found.runs:
+            table.add_row(*shown.cells)
+        console().print(table)
+        for note in found.notes:
+            say(note)
+        say(f"comparison: {page}")
 
 
 @ledger_app.command("verify")

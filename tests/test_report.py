@@ -94,7 +94,7 @@ def page(html):
 def test_figures_lie_beside_the_page_as_png(run):
     expected = {f"bars-{metric}.png" for metric in METRICS}
     expected |= {f"00-learn-people-{kind}.png" for kind in ("losses", "gradients")}
-    expected |= {f"01-unlearn-two-persons-{kind}.png" for kind in ("losses", "gradients", "conflict")}
+    expected |= {f"01-unlearn-two-persons-{kind}.png" for kind in ("losses", "trade-off", "gradients", "conflict")}
     found = {path.name: path for path in (run / "report").glob("*.png")}
     assert set(found) == expected
     for path in found.values():

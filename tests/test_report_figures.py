@@ -84,3 +84,19 @@ def test_numbers_above_bars_are_short():
         metrics["answer_probability"] = value
     [axes] = report_figures.metric_bars(results, "answer_probability", report_figures.LIGHT).axes
     assert [text.get_text() for text in axes.texts[:4]] == ["0", "2e-03", "1", ".11"]
+
+
+def test_the_trade_off_is_the_path_of_the_two_losses():
+    records = [
+        {"step": step, "loss/forget/npo": forget, "loss/retain/kl": retain}
+        for step, forget, retain in ((1, 9.0, 0.0), (2, 5.0, 0.2), (3, 4.0, 0.1))
+    ]
+    curve = next(curves for curves in report_figures.CURVES if curves.name == "trade-off")
+    assert report_figures.drawable(records, curve) and not report_figures.drawable(
+        [{"step": 1, "loss/forget/npo": 9.0}], curve
+    )
+    axes = curve.draw(records, report_figures.LIGHT).axes[0]
+    path, first, last = axes.lines
+    assert list(path.get_xdata()) == [9.0, 5.0, 4.0] and list(path.get_ydata()) == [0.0, 0.2, 0.1]
+    assert (first.get_xdata()[0], last.get_xdata()[0]) == (9.0, 4.0)
+    assert axes.get_xlabel() == "loss of forget/npo" and axes.get_ylabel() == "loss of retain/kl"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -86,7 +86,7 @@ def metric_bars(results: Mapping[str, Any], metric: str, theme: Theme) -> Figure
     bars = len(stages) + referenced
     width = 0.86 / bars
     columns = 2 if all(len(stage["title"]) <= _TITLE_OF_TWO_COLUMNS for stage in stages) else 1
-    figure, [axes] = _figure(theme, 2.3 + 0.2 * math.ceil(bars / columns))
+    figure, [axes] = new_figure(theme, 2.3 + 0.2 * math.ceil(bars / columns))
     top = 0.0
     for at, group in enumerate(groups):
         colour = theme.roles.get(group, theme.muted)
@@ -126,7 +126,7 @@ def loss_curves(records: Records, theme: Theme) -> Figure:
     for axes, name in zip(panels, names, strict=True):
         term = name.removeprefix("loss/")
         _line(axes, records, name, theme.roles.get(term.split("/")[0], theme.muted))
-        _title(axes, term, theme)
+        panel_title(axes, term, theme)
     return figure
 
 
@@ -145,7 +145,7 @@ def gradient_curves(records: Records, theme: Theme) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    _title(axes, "gradient norm", theme, pad=20 if roles else 6)
+    panel_title(axes, "gradient norm", theme, pad=20 if roles else 6)
     if roles:
         place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 4, "frameon": False}
         axes.legend(fontsize=8, labelcolor=theme.muted, handlelength=1.6, columnspacing=1.4, **place)
@@ -164,7 +164,7 @@ def conflict_curves(records: Records, theme: Theme) -> Figure:
     above.set_ylim(max(-1.05, min([*values, 0]) - 0.1), min(1.05, max([*values, 0]) + 0.1))
     above.axhspan(-1.05, 0, color=theme.roles["forget"], alpha=0.10, linewidth=0)
     above.axhline(0, color=theme.muted, linewidth=0.8)
-    _title(above, f"cosine of {pair if len(cosines) == 1 else 'the roles'} (shaded: conflict)", theme)
+    panel_title(above, f"cosine of {pair if len(cosines) == 1 else 'the roles'} (shaded: conflict)", theme)
     if len(cosines) > 1:
         above.legend(loc="best", frameon=False, fontsize=8, labelcolor=theme.muted)
     points = _points(records, "conflict_rate")
@@ -172,22 +172,52 @@ def conflict_curves(records: Records, theme: Theme) -> Figure:
     below.plot(steps, rates, ".", markersize=4, color=theme.muted, alpha=0.7)
     below.plot(steps, _running_mean(rates), color=theme.roles["forget"], linewidth=1.6)
     below.set_ylim(-0.06, 1.06)
-    _title(below, f"conflict rate (line: mean of {_RUNNING} points)", theme)
+    panel_title(below, f"conflict rate (line: mean of {_RUNNING} points)", theme)
     return figure
+
+
+def trade_off_curve(records: Records, theme: Theme) -> Figure:
+    """The path of training: the first forget term's loss against the first retain term's, from its first step (hollow) to its last."""
+    forget, retain = (_names(records, f"loss/{role}/")[0] for role in ("forget", "retain"))
+    kept = dict(_points(records, retain))
+    points = [(value, kept[step]) for step, value in _points(records, forget) if step in kept]
+    figure, [axes] = new_figure(theme, 2.7)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    x, y = [a for a, _ in points], [b for _, b in points]
+    axes.plot(x, y, color=theme.muted, linewidth=0.9, alpha=0.8)
+    axes.scatter(x, y, s=12, c=range(len(points)), cmap=_ramp(theme), zorder=3)
+    for at, face in ((0, theme.surface), (-1, theme.roles["forget"])):
+        axes.plot(x[at], y[at], "o", markersize=7, color=theme.roles["forget"], markerfacecolor=face, zorder=4)
+    axes.set_xlabel(f"loss of {forget.removeprefix('loss/')}", fontsize=8.5, color=theme.muted)
+    axes.set_ylabel(f"loss of {retain.removeprefix('loss/')}", fontsize=8.5, color=theme.muted)
+    panel_title(axes, "forgetting against keeping", theme)
+    return figure
+
+
+def _ramp(theme: Theme) -> LinearSegmentedColormap:
+    return LinearSegmentedColormap.from_list("steps", [theme.grid, theme.roles["forget"]])
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A figure over the steps of one request; drawn where the log has names with the first of `prefixes`."""
+    """A figure of the steps of one request; drawn where the log has names with the first of `prefixes`, or with each."""
 
     name: str
     draw: Callable[[Records, Theme], Figure]
     prefixes: tuple[str, ...]
     caption: str
+    all_of_them: bool = False
 
 
 CURVES = (
     Curves("losses", loss_curves, ("loss/",), "Loss of each term (role/term), before its weight."),
+    Curves(
+        "trade-off",
+        trade_off_curve,
+        ("loss/forget/", "loss/retain/"),
+        "The path of the two losses from the first step (hollow) to the last. Up is what is kept getting worse.",
+        all_of_them=True,
+    ),
     Curves(
         "gradients",
         gradient_curves,
@@ -204,7 +234,8 @@ CURVES = (
 
 
 def drawable(records: Records, curves: Curves) -> bool:
-    return bool(_names(records, curves.prefixes[0]))
+    needed = curves.prefixes if curves.all_of_them else curves.prefixes[:1]
+    return all(_names(records, prefix) for prefix in needed)
 
 
 def png(figure: Figure) -> bytes:
@@ -235,9 +266,10 @@ def describe_curves(title: str, records: Records, prefixes: Sequence[str]) -> st
     return f"{title}, curves. {'; '.join(parts)}."
 
 
-def _figure(theme: Theme, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(theme: Theme, height: float, rows: int = 1, share_x: bool = True) -> tuple[Figure, list[Axes]]:
+    """An empty figure of so many inches with panels one above the other."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor=theme.surface)
-    panels = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    panels = list(figure.subplots(rows, 1, sharex=share_x, squeeze=False)[:, 0])
     for axes in panels:
         axes.set_facecolor(theme.surface)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -248,7 +280,7 @@ def _figure(theme: Theme, height: float, rows: int = 1) -> tuple[Figure, list[Ax
 
 
 def _panels(theme: Theme, rows: int) -> tuple[Figure, list[Axes]]:
-    figure, panels = _figure(theme, 2.7 if rows == 1 else 1.1 + 1.4 * rows, rows)
+    figure, panels = new_figure(theme, 2.7 if rows == 1 else 1.1 + 1.4 * rows, rows)
     for axes in panels:
         axes.grid(color=theme.grid, linewidth=0.8)
     panels[-1].set_xlabel("optimizer step", fontsize=8.5, color=theme.muted)
@@ -256,7 +288,7 @@ def _panels(theme: Theme, rows: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _title(axes: Axes, text: str, theme: Theme, pad: float = 6) -> None:
+def panel_title(axes: Axes, text: str, theme: Theme, pad: float = 6) -> None:
     axes.set_title(text, loc="left", fontsize=9, fontweight="bold", color=theme.ink, pad=pad)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_clmul.errors import RunError
 from hf_clmul.report import picture_grid
+from hf_clmul.report.audit import AttackTable, attack_tables
 from hf_clmul.report.claims import claims, explained
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.stream import (
@@ -77,25 +78,26 @@ class Stream:
     meanings: list[str]
 
 
+@dataclass(frozen=True)
+class Audit:
+    """What attacks brought back: a table and a picture each, and the verdict in words."""
+
+    attacks: list[tuple[AttackTable, Picture | None]]
+    verdict: list[str]
+    reference: str
+
+
 def write_report(run: Path) -> Path:
     """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
 
     Raises RunError if RUN/results.json is missing, broken or of another version.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from hf_clmul.paths import atomic_write
 
-    results = _read_results(run)
+    results = read_results(run)
     folder = run / "report"
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template(_TEMPLATE).render(
+    page = rendered(
+        _TEMPLATE,
         results=results,
         dash=DASH,
         model=model_name(results["model"]["path"]),
@@ -111,6 +113,7 @@ def write_report(run: Path) -> Path:
         bars=_bars(results, folder),
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
+        audit=_audit(run, folder),
         samples=sample_groups(results),
         titles={table.key: table for table in group_tables(results)},
         facts=_facts(run, results),
@@ -121,7 +124,22 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _read_results(run: Path) -> Record:
+def rendered(template: str, **values: Any) -> str:
+    """A page from a template of this folder; values from elsewhere are escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def read_results(run: Path) -> Record:
+    """The record of a run. Raises RunError if it is missing, broken or of another version."""
     path = run / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -147,7 +165,7 @@ def _stream(results: Record, folder: Path) -> Stream:
     return Stream(
         table=stream_table(results),
         legend=LEGEND,
-        picture=_picture(
+        picture=picture_of(
             lambda theme: figures.heat_map(results, theme),
             folder / "stream.png",
             figures.describe_heat_map(results),
@@ -159,6 +177,30 @@ def _stream(results: Record, folder: Path) -> Stream:
         unlearned=unlearned_rows(results),
         meanings=[explained(claim, results["model"].get("family") == "diffusion") for claim in claims(results)],
     )
+
+
+def _audit(run: Path, folder: Path) -> Audit | None:
+    """None where no attack was tried."""
+    from hf_clmul.evaluation.audit.record import read_audit
+    from hf_clmul.report import audit_figure
+
+    record = read_audit(run)
+    if record is None:
+        return None
+    attacks: list[tuple[AttackTable, Picture | None]] = []
+    for attack, table in zip(record["attacks"], attack_tables(record), strict=True):
+        drawn = None
+        if table.rows and table.metrics:
+            drawn = picture_of(
+                lambda theme, attack=attack: audit_figure.attack_figure(attack, theme),
+                folder / f"audit-{_file_name(table.name)}.png",
+                f"{table.title}. {audit_figure.describe_attack(attack)}",
+                "",
+            )
+        attacks.append((table, drawn))
+    reference = record["reference"]
+    told = f"the reference ({reference['name']})" if reference else f"no reference: {record['reference_missing']}"
+    return Audit(attacks, list(record["verdict"]), told)
 
 
 def _grids(run: Path, results: Record, folder: Path) -> list[Picture]:
@@ -184,7 +226,7 @@ def _bars(results: Record, folder: Path) -> list[Picture]:
         if any(stage["groups"].get(group, {}).get("metrics", {}).get(name) is not None for stage in results["stages"])
     )
     return [
-        _picture(
+        picture_of(
             lambda theme, metric=metric: figures.metric_bars(results, metric, theme),
             folder / f"bars-{_file_name(metric)}.png",
             figures.describe_bars(results, metric),
@@ -216,7 +258,7 @@ def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
         return Training(stage["title"], facts, [], f"only the last {_DRAWN} requests are drawn; {log} has the numbers")
     records = [] if stage["log"] is None else _read_log(run / stage["log"])
     pictures = [
-        _picture(
+        picture_of(
             lambda theme, curves=curves: curves.draw(records, theme),
             folder / f"{_file_name(stage['stage'])}-{curves.name}.png",
             figures.describe_curves(f"{stage['title']}: {curves.name}", records, curves.prefixes),
@@ -229,7 +271,7 @@ def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
     return Training(stage["title"], facts, pictures, missing)
 
 
-def _picture(draw: Callable[[Any], Any], path: Path, alt: str, caption: str) -> Picture:
+def picture_of(draw: Callable[[Any], Any], path: Path, alt: str, caption: str) -> Picture:
     from hf_clmul.paths import atomic_write
     from hf_clmul.report.figures import DARK, LIGHT, png
 

@@ -1,0 +1,114 @@
+"""From the record of an audit (audit/audit.json) to tables and words of a report. It knows nothing of HTML or figures, of models or
+of how attacks work, and imports nothing heavy."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_clmul.report.tables import DASH, format_value, metric_label
+
+Record = Mapping[str, Any]
+
+TITLES = {
+    "relearn": "Relearning what was forgotten",
+    "relearn_partly": "Relearning a part, asking for the rest",
+    "benign": "Training on related data",
+    "unrelated": "Training on unrelated data",
+    "quantize": "Quantization",
+    "remove_adapter": "Taking the adapter off",
+    "remove_direction": "Removing one direction",
+    "prefix": "Making it begin the answer",
+    "role_play": "Role play",
+    "reverse": "Asking the other way round",
+    "in_context": "Examples in the prompt",
+    "paraphrase": "Other words",
+    "sample": "Many samples",
+    "logit_lens": "Looking into the layers",
+    "patching": "Patching the layers",
+    "inversion": "Inverting a token",
+}
+MOST = 4
+"""Metrics of a table: what the record names first says most."""
+_WAYS = {"weights": "changes the weights", "question": "changes the question", "nothing": "only looks inside"}
+
+
+@dataclass(frozen=True)
+class AttackTable:
+    """One attack. `rows` hold (label, cells), three cells for each of `metrics`: the run, the reference, the gap; the last one only
+    where there is a reference. `absent` says why there are no rows."""
+
+    name: str
+    title: str
+    facts: str
+    metrics: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    samples: tuple[tuple[str, str, str, str], ...]
+    absent: str | None
+
+
+def attack_title(name: str) -> str:
+    return TITLES.get(name) or name.replace("_", " ").capitalize()
+
+
+def metrics_of(attack: Record) -> list[str]:
+    """Of its points, in the record's order."""
+    return list(dict.fromkeys(metric for point in attack["points"] for metric in point["metrics"]))
+
+
+def attack_tables(audit: Record) -> list[AttackTable]:
+    """One table for each attack of the record, in its order."""
+    return [_table(attack, audit["reference"] is not None) for attack in audit["attacks"]]
+
+
+def shown(estimate: Record | None) -> str:
+    """A value with its interval: "0.123 [0.100, 0.150]"; a dash for None."""
+    if estimate is None:
+        return DASH
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None or high is None:
+        return format_value(value)
+    return f"{format_value(value)} [{format_value(low)}, {format_value(high)}]"
+
+
+def _table(attack: Record, referenced: bool) -> AttackTable:
+    metrics = metrics_of(attack)[:MOST]
+    kinds = ("run", "reference", "gap") if referenced else ("run",)
+    rows = tuple(
+        (
+            point["label"],
+            tuple(shown(point["metrics"].get(metric, {}).get(kind)) for metric in metrics for kind in kinds),
+        )
+        for point in attack["points"]
+    )
+    return AttackTable(
+        name=attack["attack"],
+        title=attack_title(attack["attack"]),
+        facts=_facts(attack),
+        metrics=tuple(map(metric_label, metrics)),
+        rows=rows,
+        samples=tuple(_samples(attack["points"])),
+        absent=attack["absent"],
+    )
+
+
+def _facts(attack: Record) -> str:
+    from hf_clmul.report.words import format_bytes, format_seconds
+
+    options = ", ".join(f"{name} {value}" for name, value in attack["parameters"].items())
+    peak, seconds = attack["peak_memory_bytes"], attack["seconds"]
+    cost = f"{format_seconds(seconds)}, peak memory {format_bytes(peak)}" if not attack["absent"] else ""
+    way = _WAYS.get(attack["changes"], "")
+    return "; ".join(part for part in (attack["summary"], way, options, cost) if part)
+
+
+def _samples(points: Iterable[Record]) -> list[tuple[str, str, str, str]]:
+    """(question, true answer, first point's answer, last point's answer), of questions that both have."""
+    points = [point for point in points if point["samples"]]
+    if not points:
+        return []
+    first, last = points[0]["samples"], points[-1]["samples"]
+    before = {sample["answer"]: sample["generated"] for sample in first}
+    return [
+        (sample["question"], sample["answer"], before.get(sample["answer"], DASH), sample["generated"])
+        for sample in last
+    ]

@@ -1,0 +1,95 @@
+"""Runs side by side: the numbers are the records', and what cannot be compared is refused or said."""
+
+import pytest
+from fake_audit import write_fake_audit
+from fake_results import fake_results, write_fake_run
+from test_report import Page, cells
+from typer.testing import CliRunner
+
+from hf_clmul.cli import app
+from hf_clmul.errors import RunError
+from hf_clmul.report.compare import compare, efficient
+from hf_clmul.report.compare_figure import pareto_figure
+from hf_clmul.report.figures import LIGHT
+
+
+def run(folder, name, left, kept, /, **changes):
+    folder.mkdir()
+    results = fake_results() | changes | {"name": name}
+    last = results["stages"][-1]["groups"]
+    last["forget"]["metrics"]["answer_probability"] = left
+    last["retain"]["metrics"]["answer_probability"] = kept
+    return write_fake_run(folder, results)
+
+
+def test_a_run_is_efficient_if_none_forgets_more_and_keeps_more():
+    places = [(0.1, 0.9), (0.2, 0.95), (0.2, 0.9), (0.05, 0.5), (None, 1.0), (0.1, 0.9)]
+    assert efficient(places) == {0, 1, 3, 5}
+
+
+def test_cells_and_places_are_those_of_the_last_stage(tmp_path):
+    one, two = run(tmp_path / "a", "npo", 0.12, 0.95), run(tmp_path / "b", "ascent", 0.01, 0.4)
+    write_fake_audit(one)
+    found = compare([one, two])
+    assert [(r.left, r.kept) for r in found.runs] == [(0.12, 0.95), (0.01, 0.4)]
+    cell = dict(zip(found.columns, found.runs[0].cells, strict=True))
+    assert cell["Answer probability, forget"] == "0.120" and cell["Answer probability, retain"] == "0.950"
+    assert cell["how"] == "approximate"
+    assert cell["gap to reference"] == "0.011"  # |0.12 - 0.1094|
+    assert cell["widest gap in the audit"] == "0.800 (relearning what was forgotten, 20 steps)"
+    assert dict(zip(found.columns, found.runs[1].cells, strict=True))["widest gap in the audit"] == "–"
+    assert found.reference == (0.1094, 0.9721)
+    assert found.notes == ("One seed each: differences may be chance.",)
+
+
+def test_equal_names_are_told_apart_by_their_folders(tmp_path):
+    found = compare([run(tmp_path / "a", "npo", 0.1, 0.9), run(tmp_path / "b", "npo", 0.2, 0.9, seed=1)])
+    assert [r.name for r in found.runs] == ["npo (a)", "npo (b)"] and not found.notes
+
+
+def test_what_keeps_runs_from_being_compared_is_said(tmp_path):
+    other = fake_results()
+    other["model"]["sha256"] = "0" * 64
+    other["stages"][-1]["groups"]["forget"]["examples"] = 3
+    found = compare([run(tmp_path / "a", "x", 0.1, 0.9), run(tmp_path / "b", "y", 0.2, 0.9, **other)])
+    assert found.notes[:2] == (
+        "The runs began with different models.",
+        "The runs were not measured on the same examples.",
+    )
+
+
+def test_one_run_an_unfinished_one_and_other_families_are_refused(tmp_path):
+    one = run(tmp_path / "a", "npo", 0.1, 0.9)
+    with pytest.raises(RunError, match="at least two"):
+        compare([one])
+    with pytest.raises(RunError, match="not complete"):
+        compare([one, run(tmp_path / "b", "npo", 0.1, 0.9, status="running")])
+    pictures = fake_results()
+    pictures["model"]["family"] = "diffusion"
+    with pytest.raises(RunError, match="different families"):
+        compare([one, run(tmp_path / "c", "npo", 0.1, 0.9, **pictures)])
+
+
+def test_the_figure_fills_efficient_runs_and_marks_the_reference(tmp_path):
+    folders = [
+        run(tmp_path / n, n, left, kept) for n, left, kept in (("a", 0.1, 0.9), ("b", 0.2, 0.8), ("c", 0.3, 0.95))
+    ]
+    axes = pareto_figure(compare(folders), LIGHT).axes[0]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == "none" for line in dots] == [False, True, False]
+    [cross] = [line for line in axes.lines if line.get_marker() == "X"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (0.1094, 0.9721)
+
+
+def test_the_command_prints_the_table_and_writes_the_page(tmp_path):
+    folders = [str(run(tmp_path / n, n, left, 0.9)) for n, left in (("npo", 0.1), ("simnpo", 0.2))]
+    result = CliRunner().invoke(app, ["compare", *folders, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    page = Page((tmp_path / "out" / "compare.html").read_text("utf-8"))
+    assert [cells(row)[0] for row in page.tables[0]] == ["run", "npo", "simnpo"]
+    assert (tmp_path / "out" / "compare.png").is_file() and "npo" in result.output
+
+
+def test_a_missing_run_is_one_clear_line(tmp_path):
+    result = CliRunner().invoke(app, ["compare", str(tmp_path / "x"), str(tmp_path / "y")])
+    assert result.exit_code != 0 and "results.json" in result.output and "Traceback" not in result.output

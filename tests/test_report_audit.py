@@ -1,0 +1,79 @@
+"""The report's audit: its numbers are the record's, with and without a reference."""
+
+from fake_audit import fake_audit, write_fake_audit
+from fake_results import write_fake_run
+from test_report import Page, cells
+
+from hf_clmul.report.audit import attack_tables, shown
+from hf_clmul.report.audit_figure import attack_figure, describe_attack, is_curve
+from hf_clmul.report.figures import DARK, LIGHT
+from hf_clmul.report.page import write_report
+
+
+def test_an_estimate_shows_its_interval_and_none_is_a_dash():
+    assert shown({"value": 0.5, "n": 3, "low": 0.4, "high": 0.625}) == "0.500 [0.400, 0.625]"
+    assert shown({"value": 0.5, "n": 1, "low": None, "high": None}) == "0.500"
+    assert shown(None) == "–"
+
+
+def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
+    relearn, quantize, removed = attack_tables(fake_audit())
+    assert relearn.metrics == ("Answer probability", "ROUGE-L recall")
+    assert [label for label, _ in relearn.rows] == ["0 steps", "5 steps", "10 steps", "20 steps"]
+    assert relearn.rows[3][1][:3] == ("0.910 [0.890, 0.940]", "0.110 [0.090, 0.140]", "0.800 [0.780, 0.830]")
+    assert "steps 20, learning_rate 2e-05" in relearn.facts
+    assert relearn.samples == (("Where was Wanjeri Muthokoi born?", "In Nyahururu.", "At 0 steps.", "At 20 steps."),)
+    assert [label for label, _ in quantize.rows] == ["unchanged", "int8", "nf4"]
+    assert removed.absent == "the run left no adapter that could be taken off" and removed.rows == ()
+
+
+def test_without_a_reference_only_the_run_is_shown():
+    relearn = attack_tables(fake_audit(reference=False))[0]
+    assert relearn.rows[0][1] == ("0.119 [0.099, 0.149]", "0.332 [0.312, 0.362]")
+
+
+def test_a_curve_is_drawn_over_its_own_scale_with_the_reference_beside():
+    relearn, quantize, _ = fake_audit()["attacks"]
+    assert is_curve(relearn) and not is_curve(quantize)
+    for theme in (LIGHT, DARK):
+        above, below = attack_figure(relearn, theme).axes
+        run, reference = above.lines
+        assert list(run.get_xdata()) == [0, 5, 10, 20] and list(run.get_ydata()) == [0.119, 0.41, 0.73, 0.91]
+        assert list(reference.get_ydata()) == [0.11] * 4
+        assert below.get_title("left") == "ROUGE-L recall"
+
+
+def test_labels_are_drawn_as_dots():
+    axes = attack_figure(fake_audit()["attacks"][1], LIGHT).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["unchanged", "int8", "nf4"]
+    assert [list(c.lines[0].get_ydata()) for c in axes.containers] == [[0.119, 0.12, 0.2135], [0.11, 0.11, 0.11]]
+
+
+def test_the_words_of_a_figure_tell_its_ends():
+    told = describe_attack(fake_audit()["attacks"][0])
+    assert "0 steps 0.119 (reference 0.110), 20 steps 0.910 (reference 0.110)" in told
+
+
+def test_the_page_shows_the_verdict_each_attack_and_why_one_was_not_tried(tmp_path):
+    write_fake_audit(write_fake_run(tmp_path))
+    page = Page(write_report(tmp_path).read_text("utf-8"))
+    text = " ".join(page.text.split())
+    assert "Relearning opens the gap to the reference from 0.009 to 0.800." in text
+    assert "Not tried: the run left no adapter that could be taken off" in text
+    [table] = [t for t in page.tables if cells(t[0])[0] == "After" and cells(t[2])[0] == "0 steps"]
+    assert cells(table[0]) == ["After", "Answer probability", "ROUGE-L recall"]
+    assert cells(table[1]) == ["unlearned", "reference", "gap"] * 2
+    assert cells(table[5])[1] == "0.910 [0.890, 0.940]"
+    images = [tag for tag in page.attributes("img") if (tag["alt"] or "").startswith("Relearning what was forgotten")]
+    assert len(images) == 2 and (tmp_path / "report" / "audit-relearn.png").is_file()
+
+
+def test_a_run_without_an_audit_says_nothing_of_one(tmp_path):
+    text = write_report(write_fake_run(tmp_path)).read_text("utf-8")
+    assert "does it come back" not in text
+
+
+def test_a_missing_reference_is_said(tmp_path):
+    write_fake_audit(write_fake_run(tmp_path), reference=False)
+    text = " ".join(write_report(tmp_path).read_text("utf-8").split())
+    assert "no reference: none was trained" in text
