@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import norm
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
@@ -234,3 +235,27 @@ def test_every_attack_has_options_with_defaults_that_fit_their_types():
         for option, (annotation, default) in attack_parameters(name).items():
             value = list(default) if isinstance(default, tuple) else default
             assert value_problem(annotation, value) == {}, (name, option)
+
+
+def test_an_adapter_is_merged_unless_it_can_be_switched_off(tmp_path):
+    from small_run import save_base
+
+    from hf_clmul.errors import RunError
+    from hf_clmul.evaluation.audit.subject import open_text
+
+    base = AutoModelForCausalLM.from_pretrained(save_base(tmp_path / "base"))
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "model")
+    how = {"dtype": "float32", "device": torch.device("cpu")}
+    data, measuring = AuditData(FACTS), Measuring(4, 4, False, None)
+    merged, apart = (
+        open_text(tmp_path / "model", data, measuring, switchable=switchable, **how) for switchable in (False, True)
+    )
+    ids = torch.tensor([[5, 6, 7]])
+    assert not isinstance(merged.model, PeftModel) and isinstance(apart.model, PeftModel)
+    assert torch.allclose(merged.model(ids).logits, adapted.eval()(ids).logits, atol=1e-4)
+    assert torch.equal(apart.model(ids).logits, adapted(ids).logits)
+    (tmp_path / "model" / "adapter_config.json").write_text("{}")
+    with pytest.raises(RunError, match="could not be loaded"):
+        open_text(tmp_path / "model", data, measuring, **how)

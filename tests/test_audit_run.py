@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -119,6 +120,9 @@ def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
     with pytest.raises(RunError, match=r"neither config\.json nor adapter_config\.json"):
         (tmp_path / "empty").mkdir()
         audit_run(run, ["quantize"], tmp_path / "empty")
+    two = patch.object(auditing, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with two, pytest.raises(RunError, match="takes one process"):
+        audit_run(run)
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**results, "status": "running"}))
     with pytest.raises(RunError, match="is not complete"):

@@ -72,12 +72,12 @@ MISTAKES = {
     "unknown section": ("learning:\n  training: {learning_rate: 2", "lerning:\n  training: {learning_rate: 2",
         "r.yaml:11: lerning: unknown key; expected one of recipe_version, name, seed, family, model, diffusion, "
         "adapter, memory, data, requests, "
-        "learning, unlearning, teacher, training, evaluation, export; found 'lerning'; did you mean "
+        "learning, unlearning, teacher, training, evaluation, audit, export; found 'lerning'; did you mean "
         "'learning'?"),
     "misspelled required key": ("requests:", "reqests:",
         "r.yaml:7: reqests: unknown key; expected one of recipe_version, name, seed, family, model, diffusion, "
         "adapter, memory, data, requests, "
-        "learning, unlearning, teacher, training, evaluation, export; found 'reqests'; did you mean "
+        "learning, unlearning, teacher, training, evaluation, audit, export; found 'reqests'; did you mean "
         "'requests'?"),
     "training field in the wrong section": ("{npo: {beta: 0.2}}\n", "{npo: {beta: 0.2}}\n  bf16: true\n",
         "r.yaml:15: unlearning.bf16: unknown key; expected one of forget, retain, memory, penalties, gamma, conflict, "
@@ -85,7 +85,7 @@ MISTAKES = {
     "key of another section": ("name: small\n", "name: small\nconflict: sum\n",
         "r.yaml:3: conflict: unknown key; expected one of recipe_version, name, seed, family, model, diffusion, "
         "adapter, memory, data, requests, "
-        "learning, unlearning, teacher, training, evaluation, export; found 'conflict'; it belongs under "
+        "learning, unlearning, teacher, training, evaluation, audit, export; found 'conflict'; it belongs under "
         "`learning` or `unlearning`"),
     "missing section": ("model: {path: some/model}\n", "",
         "r.yaml:1: model: missing; expected a section with `path` or `scratch`"),

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from hf_clmul.errors import RecipeError
 
 Key = tuple[str | int, ...]
-SHOWN_NAMES = 16  # longer lists of valid names hide the sentence they stand in
+SHOWN_NAMES = 17  # longer lists of valid names hide the sentence they stand in
 SHOWN_TEXT = 60
 
 
