@@ -17,6 +17,7 @@ REQUIRES = [
     "peft>=0.21",  # oldest tested; transformers 5.23 takes 0.20 and later
     "accelerate>=1.15",  # oldest tested; the gradient window follows its accumulation rules
     "datasets>=5.2",  # oldest tested
+    "pyarrow>=25.0",  # oldest tested; tables of statistics
     "evaluate>=0.4.6",  # oldest tested
     "diffusers>=0.42",  # oldest tested
     "tokenizers>=0.23",  # the range that transformers 5.23 takes

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated
 
-import numpy as np
 from annotated_types import Ge, Gt
 
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Example, Point, Subject
@@ -82,8 +81,8 @@ def unrelated(
 
 def measured_at(steps: int, epoch: int, points: int) -> list[int]:
     """The steps to measure at: `points` of them in even ratios up to the last one, and the end of the first epoch."""
-    even = np.geomspace(1, steps, points) if points > 1 else [steps]
-    return sorted({round(float(step)) for step in even} | ({epoch} if epoch <= steps else set()))
+    even = [steps ** (i / (points - 1)) for i in range(points)] if points > 1 else [steps]
+    return sorted({round(step) for step in even} | ({epoch} if epoch <= steps else set()))
 
 
 def _curve(
