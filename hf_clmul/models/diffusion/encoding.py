@@ -54,8 +54,11 @@ class Encoder:
         if "tokenizer" not in self.architecture.needs:
             return None
         texts = [name.replace("_", " ") for name in names]
+        encode_prompts = architecture_of(
+            self.pipeline
+        ).encode_prompts  # of a text encoder that trains, too, what it says
         with torch.no_grad():
-            found = [self.architecture.encode_prompts(self.pipeline, [text]) for text in texts]
+            found = [encode_prompts(self.pipeline, [text]) for text in texts]
         return torch.cat([one["encoder_hidden_states"].float().cpu() for one in found])
 
     def encode(self, rows: Sequence[Mapping[str, Any]], what: str) -> list[Encoded]:
