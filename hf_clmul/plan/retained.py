@@ -29,7 +29,7 @@ def known_prompts(recipe: Recipe, request: Unlearn) -> list[Example]:
     """Rows of the prompts that are known to stay, near neighbours first: pictures to be drawn of `neighbours`, and the `generated`
     data that nothing learns, forgets or holds out. No prompt that any request learns or forgets, or that is held out."""
     taken = {request.data for request in recipe.requests if isinstance(request, Learn | Unlearn)}
-    taken |= {recipe.evaluation.held_out, recipe.evaluation.forget, *recipe.evaluation.groups.values()}
+    taken |= {recipe.evaluation.held_out, recipe.evaluation.forget}
     away = {row.get("caption") for name in taken - {None} for row in load_examples(recipe.data[name], name)}
     free = ((name, s) for name, s in recipe.data.items() if s.path == GENERATED and name not in taken)
     others = [row for name, source in free for row in load_examples(source, name)]
