@@ -35,6 +35,9 @@ RANKS_CASE = {
     "forget": {"relabel": ANCHOR, "ascent": {}}, "retain": {"distill": {}, "denoising": {"weight": 0.5}},
     "conflict": "pcgrad", "learning_rate": 0.02, "max_steps": 3, "per_device_train_batch_size": 1,
 }  # fmt: skip
+RANKS_CASES: dict[str, dict[str, Any]] = {
+    "whole": {}, "adapter": {"adapter": True}, "text encoder": {"trainable": "text_encoder"}, "average": {"ema": 0.5},
+}  # fmt: skip
 
 
 def rows(pipeline: Any, captions: Sequence[str], size: int = 4, seed: int = 0) -> list[dict[str, Any]]:
@@ -177,7 +180,7 @@ def main(folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=timedelta(seconds=300)
     )
-    found = {str(adapter): run(folder / str(adapter), ranks=2, adapter=adapter) for adapter in (False, True)}
+    found = {name: run(folder / name, ranks=2, **more) for name, more in RANKS_CASES.items()}
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 

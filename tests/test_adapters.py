@@ -126,6 +126,18 @@ def test_the_words_of_a_recipe_choose_layers_and_modules(make, modules, layers, 
     assert found == expected
 
 
+def test_a_module_that_the_model_does_not_have_is_not_left_out_without_a_word():
+    model, rest = tiny_llama(), (4, 8.0, 0.0)
+    with pytest.raises(
+        RecipeError, match="target_modules: no module of the model is called 'v_prj'; did you mean 'v_proj'?"
+    ):
+        adapters.lora_config(model, *rest, ["q_proj", "v_prj"], "all")
+    with pytest.raises(RecipeError, match=r"called 'proj'"):  # whole names between dots
+        adapters.lora_config(model, *rest, ["proj"], "all")
+    stacked = adapters.attach(model, adapters.lora_config(model, *rest, ["q_proj"], "all"), "one", 0)
+    assert adapters.lora_config(stacked, *rest, ["self_attn.q_proj"], "all").target_modules == {"self_attn.q_proj"}
+
+
 def test_a_layer_that_the_model_does_not_have():
     with pytest.raises(RecipeError, match="there is no layer 7; the model has 3, from 0 to 2"):
         adapters.lora_config(tiny_llama(layers=3), 4, 8.0, 0.0, "all-linear", [0, 7])

@@ -227,6 +227,14 @@ def test_refusals_say_why(tmp_path):
         make_of_text(llama(), texts(), tmp_path, ema=0.9)
     with pytest.raises(ValueError, match=r"forget/uce is an edit, which takes no step, so that ema cannot act"):
         trainer_of(tmp_path, forget={"uce": {"anchor": {"seven": "eight"}}}, retain={})
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_dataset": rows(SD(), RETAIN),
+    }
+    with pytest.raises(ValueError, match=r"save_only_model keeps no average in checkpoints, of which ema would need"):
+        trainer_of(tmp_path, save_only_model=True, **best, **STEPS)
     for wrong in (0.0, 1.0, 2, "much"):
         with pytest.raises(ValueError, match="ema: expected"):
             ClmulConfig(str(tmp_path), ema=wrong)

@@ -139,6 +139,22 @@ def test_sdxl_is_told_the_size_of_the_pictures_as_its_pipeline_tells_it(resoluti
     assert told[0] == (resolution or 16)
 
 
+def test_a_resolution_that_the_pipeline_cannot_draw_is_refused():
+    for make, side, said in (
+        (tiny_pipelines.stable_diffusion, 4, "4 is no multiple of 8, as this pipeline needs; such as 8"),
+        (tiny_pipelines.stable_diffusion_3, 18, "18 is no multiple of 4"),  # patches of 2 x 2, two pixels each
+        (tiny_pipelines.flux, 22, "22 is no multiple of 4"),
+        (tiny_pipelines.dit, 32, "32, and a DiTPipeline draws 16 x 16 pixels alone"),
+        (tiny_pipelines.ddpm, 16, "16, and a DDPMPipeline draws 8 x 8 pixels alone"),
+    ):
+        pipeline = make()
+        with pytest.raises(RecipeError, match=rf"diffusion.resolution: {said}"):
+            Encoder(pipeline, side)
+        own = Encoder(pipeline).size
+        assert Encoder(pipeline, own[0]).size == own
+    assert Encoder(tiny_pipelines.stable_diffusion_3(), 20).size == (20, 20)
+
+
 def test_patches_are_packed_as_flux_packs_them():
     pipeline = tiny_pipelines.flux()
     latents = torch.arange(2 * 4 * 6 * 8, dtype=torch.float32).reshape(2, 4, 6, 8)

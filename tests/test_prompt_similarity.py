@@ -4,6 +4,7 @@ it."""
 import pytest
 import tiny_pipelines
 import torch
+from diffusion_bed import make as of_pipeline
 from peft import LoraConfig
 from pipeline_bed import both, make, rows
 
@@ -69,6 +70,11 @@ def test_what_has_no_anchors_is_refused(tmp_path):
     classes = {"forget": rows(("1",), 2, 1), "retain": rows(("2",), 2, 2)}
     with pytest.raises(RecipeError, match="weighs prompts by their embeddings, and this network reads none"):
         make(tmp_path, classes, pipeline=tiny_pipelines.dit(), **ANCHORED)
+    with pytest.raises(RecipeError, match="embeddings, which change as the text encoder trains: take `distill`"):
+        of_pipeline(tiny_pipelines.stable_diffusion(), both(), tmp_path, trainable="text_encoder", **ANCHORED)
+    learned = {"learn": rows(("a red seven",), 2, 1), "retain": rows(("a red one",), 2, 2)}
+    with pytest.raises(RecipeError, match="likeness to those to be forgotten, and there are none: take `distill`"):
+        make(tmp_path, learned, learn="denoising", retain=ANCHORED["retain"])
 
 
 def test_the_adapter_that_spm_trains_loads_at_any_strength(tmp_path):

@@ -204,6 +204,13 @@ def test_a_run_exports_the_whole_pipeline_and_a_killed_one_ends_the_same(recipe,
     assert {**configs[0], "use_cache": False} == configs[1]  # Trainer writes that into any config of transformers
 
 
+def test_near_neighbours_are_chosen_by_what_it_says():
+    names, (plain, own) = ["red_seven", "one"], (DiffusionFamily(SD(), trainable=t) for t in (None, "text_encoder"))
+    assert torch.equal(own.encoder.text_states(names), plain.encoder.text_states(names))
+    nudge(own.trained)
+    assert not torch.allclose(own.encoder.text_states(names), plain.encoder.text_states(names), atol=1e-3)
+
+
 def test_the_plan_counts_what_trains(recipe):
     (entry,) = plan_recipe(load_recipe(recipe))
     assert entry["trainable_parameters"] == sum(p.numel() for p in SD().text_encoder.parameters())

@@ -99,13 +99,11 @@ def test_flow_matching_window_equals_the_one_worked_out_by_hand(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Windows of one micro-batch, by what trains: all weights, or an adapter."""
+    """Windows of one micro-batch, by what trains and what is left behind."""
     return {
-        str(adapter): bed.run(
-            tmp_path_factory.mktemp("whole"), 1, 1, adapter, per_device_train_batch_size=4
-        )
-        for adapter in (False, True)
-    }  # fmt: skip
+        name: bed.run(tmp_path_factory.mktemp("whole"), 1, 1, **{**case, "per_device_train_batch_size": 4})
+        for name, case in bed.RANKS_CASES.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -133,14 +131,14 @@ def assert_same_run(found, expected):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_accumulation_changes_nothing(tmp_path, whole, size):
-    assert_same_run(bed.run(tmp_path, 1, 4 // size, per_device_train_batch_size=size), whole["False"])
+    assert_same_run(bed.run(tmp_path, 1, 4 // size, per_device_train_batch_size=size), whole["whole"])
 
 
-@pytest.mark.parametrize("adapter", ["False", "True"])
-def test_two_ranks_are_one_process(ranks, whole, adapter):
+@pytest.mark.parametrize("case", bed.RANKS_CASES)
+def test_two_ranks_are_one_process(ranks, whole, case):
     for found in ranks:
-        assert_same_run(found[adapter], whole[adapter])
-    first, second = (found[adapter] for found in ranks)
+        assert_same_run(found[case], whole[case])
+    first, second = (found[case] for found in ranks)
     assert same(first["weights"], second["weights"]) and first["lines"] == second["lines"]
 
 

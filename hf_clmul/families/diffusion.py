@@ -125,7 +125,7 @@ class DiffusionFamily:
         if "apartness" in asked:
             how = next(t for t in terms[RETAIN] if "apartness" in t.term.needs)
             found[RETAIN] = similarity.of_examples(
-                found[RETAIN], found[FORGET], how.preparation.alpha, f"{RETAIN}/{how.name}"
+                found[RETAIN], found.get(FORGET, ()), how.preparation.alpha, f"{RETAIN}/{how.name}"
             )
         wanted = [role for role in (RETAIN, MEMORY) if role in data and role not in found]
         beside = {role: self.encoded(data[role], role) for role in wanted}

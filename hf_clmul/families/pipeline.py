@@ -127,8 +127,9 @@ class LoadedPipeline:
         return self._clips[how.clip]
 
     def check_judge(self, rows: Sequence[Row], forgotten: Sequence[Row] = ()) -> None:
-        """Raises RecipeError for a classifier or a CLIP that cannot be loaded, or does not know what it is asked for. Chooses near
-        neighbours of `forgotten` among the rows where the recipe names none."""
+        """Raises RecipeError for a classifier or a CLIP that cannot be loaded, or does not know what it is asked for, and for a
+        prompt that would be cut. Chooses near neighbours of `forgotten` among the rows where the recipe names none."""
+        self._family.encoder.check_prompts([row["caption"] for row in rows], "evaluation")
         judge, _ = self.judge(self.images), self.clip(self.images)
         if judge is None:
             return

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.hashes import tensors_sha256
 from hf_clmul.paths import atomic_write
+from hf_clmul.recipe.problems import suggestion
 
 if TYPE_CHECKING:
     from hf_clmul.recipe.schema import Adapter
@@ -87,8 +88,10 @@ def lora_config(
 ) -> LoraConfig:
     """A LoraConfig from a recipe's words. `layers` is "all", "last-N" or a list of indices.
 
-    Raises RecipeError for a layer that the model does not have.
+    Raises RecipeError for a layer or a module that the model does not have.
     """
+    if isinstance(target_modules, list):
+        _check_there(model, target_modules)
     text = isinstance(model.get_base_model() if isinstance(model, PeftModel) else model, PreTrainedModel)
     depth = model.config.num_hidden_layers if layers != "all" else 0
     if layers == "all":
@@ -111,6 +114,18 @@ def lora_config(
         layers_to_transform=chosen,
         task_type="CAUSAL_LM" if text else None,
     )
+
+
+def _check_there(model: nn.Module, wanted: Sequence[str]) -> None:
+    """Of several names PEFT leaves out, without a word, those that no module has."""
+    names = [name for name, _ in model.named_modules()]
+    for one in wanted:
+        if not any(name == one or name.endswith(f".{one}") for name in names):
+            meant = suggestion(one, sorted({name.rpartition(".")[2] for name in names}))
+            raise RecipeError(
+                f"adapter.target_modules: no module of the model is called {one!r}{f'; {meant}' if meant else '.'} Take it out, or "
+                "name another."
+            )
 
 
 def _linear(model: nn.Module) -> list[str]:

@@ -35,6 +35,11 @@ def check_average(
     edit = next((active.name for active in terms.get("forget", ()) if active.term.edit), None)
     if edit is not None:
         raise ValueError(f"forget/{edit} is an edit, which takes no step, so that ema cannot act: leave it out.")
+    if args.load_best_model_at_end and args.save_only_model:
+        raise ValueError(
+            "save_only_model keeps no average in checkpoints, of which ema would need the best one's: leave it out, or "
+            "load_best_model_at_end."
+        )
     sharded = bool(args.fsdp) or any(isinstance(module, FSDPModule) for module in model.modules())
     if sharded or args.deepspeed is not None:
         raise ValueError("ema keeps whole parameters, and FSDP and DeepSpeed leave each rank a part: use DDP.")

@@ -1,6 +1,7 @@
 """The table of pipeline classes that can be trained: what their denoiser is called, where concepts live in it, and how it is
 fed. It knows names and shapes; nothing of files, adapters in memory or training."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -161,9 +162,16 @@ def part_of(architecture: Architecture, trainable: str | None) -> Architecture:
 
 
 def trained_pattern(architecture: Architecture, trainable: str | None) -> str | None:
-    """The regular expression of what a recipe lets train, which may be the name of concept layers. Raises as `concept_pattern`."""
-    if trainable == TEXT_ENCODER or any(trainable in other.concept_layers for other in ARCHITECTURES.values()):
+    """The regular expression of what a recipe lets train, which may be the name of concept layers. Raises as `concept_pattern`,
+    and for a word that is nearly such a name."""
+    names = {TEXT_ENCODER, *(name for other in ARCHITECTURES.values() for name in other.concept_layers)}
+    if trainable in names:
         return concept_pattern(architecture, trainable)
+    if trainable is not None and re.fullmatch(r"\w+", trainable) and (meant := nearest(trainable, sorted(names))):
+        raise RecipeError(
+            f"trainable: no layers are called {trainable!r}; did you mean {meant!r}? Of this {architecture.name} there are: "
+            f"{', '.join(sorted(architecture.concept_layers))}; or give a regular expression for whole names of parameters."
+        )
     return trainable
 
 

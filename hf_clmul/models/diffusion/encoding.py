@@ -37,12 +37,19 @@ class Encoder:
     ) -> None:
         self.pipeline, self.resize = pipeline, resize
         self.architecture: Architecture = part_of(architecture_of(pipeline), trainable)
-        self.size = image_size(pipeline, self.architecture) if resolution is None else (resolution, resolution)
+        self.size = image_size(pipeline, self.architecture)
+        if resolution is not None:
+            _check_resolution(pipeline, self.architecture, resolution)
+            self.size = resolution, resolution
         self.drawn: Path | None = None
         """The folder of the pictures that the pipeline drew itself."""
         self._blanks = False
         self._prompts: dict[str, dict[str, Tensor]] = {}
         self._latents: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def check_prompts(self, texts: Sequence[str], what: str) -> None:
+        """Raises RecipeError for a prompt that would be cut."""
+        check_lengths(self.pipeline, list(dict.fromkeys(texts)), what)
 
     def prompt(self, text: str) -> dict[str, Tensor]:
         """The conditioning of one prompt, without a batch dimension."""
@@ -54,8 +61,11 @@ class Encoder:
         if "tokenizer" not in self.architecture.needs:
             return None
         texts = [name.replace("_", " ") for name in names]
+        encode_prompts = architecture_of(
+            self.pipeline
+        ).encode_prompts  # of a text encoder that trains, too, what it says
         with torch.no_grad():
-            found = [self.architecture.encode_prompts(self.pipeline, [text]) for text in texts]
+            found = [encode_prompts(self.pipeline, [text]) for text in texts]
         return torch.cat([one["encoder_hidden_states"].float().cpu() for one in found])
 
     def encode(self, rows: Sequence[Mapping[str, Any]], what: str) -> list[Encoded]:
@@ -244,6 +254,22 @@ def image_size(pipeline: Any, architecture: Architecture) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     scale = _scale(pipeline) if "vae" in architecture.needs else 1
     return height * scale, width * scale
+
+
+def _check_resolution(pipeline: Any, architecture: Architecture, side: int) -> None:
+    """Raises RecipeError for pictures that the pipeline cannot draw, or whose latents its network cannot cut into patches."""
+    if "tokenizer" not in architecture.needs:  # it has no setting for another size
+        if (side, side) != (own := image_size(pipeline, architecture)):
+            raise RecipeError(
+                f"diffusion.resolution: {side}, and a {architecture.name} draws {own[0]} x {own[1]} pixels alone: leave it out."
+            )
+        return
+    unit = 2 * _scale(pipeline) if architecture.component == "transformer" else 8
+    if side % unit:
+        near = max(1, round(side / unit)) * unit
+        raise RecipeError(
+            f"diffusion.resolution: {side} is no multiple of {unit}, as this pipeline needs; such as {near}."
+        )
 
 
 def anchored(row: Mapping[str, Any], anchor: str | Mapping[str, str] | None, what: str) -> str:

@@ -38,8 +38,17 @@ def apartness(similarities: Tensor, alpha: float = 1.0) -> Tensor:
 def of_examples(kept: Sequence[Any], forgotten: Sequence[Any], alpha: float, what: str) -> list[Any]:
     """The encoded examples to keep with their `apartness` from the prompts to be forgotten.
 
-    Raises RecipeError where the network reads no states of prompts, or every prompt is one to be forgotten.
+    Raises RecipeError where nothing is to be forgotten, where embeddings change in training or the network reads none, or where
+    every prompt is one to be forgotten.
     """
+    if not forgotten:
+        raise RecipeError(
+            f"{what} weighs prompts by their likeness to those to be forgotten, and there are none: take `distill`."
+        )
+    if "input_ids" in kept[0]["conditioning"]:
+        raise RecipeError(
+            f"{what} weighs prompts by their embeddings, which change as the text encoder trains: take `distill`."
+        )
     if STATES not in kept[0]["conditioning"]:
         raise RecipeError(f"{what} weighs prompts by their embeddings, and this network reads none: take `distill`.")
     concepts = {e["row"]["caption"]: e["conditioning"][STATES] for e in forgotten}
