@@ -112,6 +112,11 @@ def run_of(wanted: argparse.Namespace, method: str, seed: int) -> Path:
     recipe, changes = overrides(wanted, method, seed)
     if method not in (FULL, RETRAINED) and not folder.exists():
         shutil.copytree(run_of(wanted, FULL, seed), folder)
+        # What another method measured before unlearning, and what its audit did to the reference, is the same for all.
+        others = [p.parent for p in wanted.output.glob(f"*-{seed}/audit") if p.parent.name != folder.name]
+        for part in ("base", "requests/00-learn-full") if others else ():
+            for name in ("examples.jsonl", "result.json"):
+                shutil.copy(others[0] / part / name, folder / part / name)
     call("run", recipe, *changes, "--output", str(folder))
     return folder
 
