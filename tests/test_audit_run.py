@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.audit.depth import unlearning_depth
+from hf_clmul.evaluation.audit.protocol import AttackEntry, Point
 from hf_clmul.evaluation.audit.record import read_audit
+from hf_clmul.ledger.scan import scan
 from hf_clmul.ledger.scan_redact import redact
 from hf_clmul.run import audit as auditing
 from hf_clmul.run.audit import audit_run
@@ -104,6 +107,62 @@ def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finishe
     assert seen == [("out", False)] * 3
     _, seen = opened(run, ["quantize", "relearn"], None, [*QUICK, "relearn.batch_size=2"])
     assert seen == [("out", True)]
+
+
+def test_what_an_attack_did_to_a_reference_is_kept_for_other_runs_with_its_seconds(run, finished, tmp_path):
+    record, seen = opened(run, ["quantize", "relearn"], finished[1], QUICK)
+    assert seen == [("out", True), ("out", False)] * 3
+    (cached, *others) = sorted((tmp_path / "cache" / "audits").iterdir())
+    assert len(others) == 2  # before, and two attacks
+    other = Path(shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("audit")))
+    again, seen = opened(other, ["quantize", "relearn"], finished[1], QUICK)
+    assert seen == [("other", True)] * 3
+    for one, two in zip(record["attacks"], again["attacks"], strict=True):
+        assert one["points"] == two["points"] and one["reference_seconds"] == two["reference_seconds"]
+    # Other options, other weights, other versions, and a file that is broken: measured again.
+    shutil.rmtree(other / "audit")
+    _, seen = opened(other, ["relearn"], finished[1], [*QUICK, "relearn.batch_size=2"])
+    assert ("out", False) in seen and seen.count(("out", False)) == 1
+    changed = Path(shutil.copytree(finished[1], tmp_path / "changed"))
+    (changed / "model" / "config.json").write_text((changed / "model" / "config.json").read_text() + "\n")
+    _, seen = opened(other, ["quantize"], changed)
+    assert seen.count(("changed", False)) == 2
+    with patch.object(auditing, "versions", lambda family: {"torch": "0"}):
+        _, seen = opened(other, ["quantize"], finished[1])
+    assert seen == [("other", True), ("out", False)] * 2
+    for file in (cached, *others):
+        file.write_text("{")
+    shutil.rmtree(other / "audit")
+    _, seen = opened(other, ["quantize"], finished[1])
+    assert seen == [("other", True), ("out", False)] * 2
+
+
+def test_redaction_deletes_what_the_cache_has_of_an_audit(run, finished, tmp_path):
+    audit_run(run, ["relearn"], finished[1], QUICK)
+    cache = tmp_path / "cache" / "audits"
+    found = [finding.path for finding in scan(run) if finding.kind == "cache"]
+    assert sorted(found) == sorted(f"audits/{file.name}" for file in cache.iterdir()) and len(found) == 2
+    redact(run)
+    assert not list(cache.iterdir()) and not [finding for finding in scan(run) if finding.kind == "cache"]
+
+
+def test_a_point_of_both_models_stands_at_the_end_of_the_run(run, finished):
+    drops = [[0.5, 1.0], [1.0, 1.0]]  # of two examples: of the run, then of the reference
+
+    def drop(subject: Any, data: Any, seed: int) -> Any:
+        yield Point("layer 1 of 1", {"patched_drop": drops.pop(0)}, 1.0)
+
+    entry = AttackEntry(drop, "nothing", "causal_lm", "-", "drops", unlearning_depth)
+    with (
+        patch.dict(auditing.ATTACKS, {"patching": entry}),
+        patch.object(auditing, "attack_parameters", lambda name: {}),
+    ):
+        (attack,) = audit_run(run, ["patching"], finished[1])["attacks"]
+    layer, both = attack["points"]
+    assert (layer["metrics"]["patched_drop"]["run"]["value"], both["label"]) == (0.75, "depth of unlearning")
+    depth = both["metrics"]["unlearning_depth"]
+    assert (depth["run"]["value"], depth["run"]["n"], depth["reference"], depth["gap"]) == (0.75, 2, None, None)
+    assert any("depth of unlearning 0.750" in sentence for sentence in read_audit(run)["verdict"])
 
 
 def test_the_same_audit_gives_the_same_numbers(run):

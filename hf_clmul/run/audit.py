@@ -16,7 +16,15 @@ from tqdm.auto import tqdm
 
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters, attacks_of
-from hf_clmul.evaluation.audit.kept import REFERENCE, RUN, Attacked, read_kept, write_kept
+from hf_clmul.evaluation.audit.kept import (
+    REFERENCE,
+    RUN,
+    Attacked,
+    read_cached,
+    read_kept,
+    write_cached,
+    write_kept,
+)
 from hf_clmul.evaluation.audit.merging import compared, merged
 from hf_clmul.evaluation.audit.protocol import Absent, Point, Subject
 from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked
@@ -110,23 +118,33 @@ def _sides(
     file: Path,
     bar: Any,
 ) -> dict[str, Attacked]:
-    """An attack on each model; what was measured before, under the same circumstances, is read back."""
+    """An attack on each model; what was measured before, under the same circumstances, is read back: for this run, and of a
+    reference for any run."""
     before, sides = read_kept(file), {}
     for model in models:
         side = RUN if model.is_run else REFERENCE
         bar.set_postfix_str(f"{name}, {model.name}")
-        key = digest(
-            [SCHEMA, name, _parameters(name, options), recipe.seed, model.sha256, vars(ready.data), ready.about]
-        )
-        if side in before and before[side].key == key:
-            sides[side] = before[side]
-        else:
-            subject = ready.open(model.folder, model.is_run)
-            sides[side] = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
-            del subject
-            write_kept(file, {**before, **sides})
+        key = _key(recipe, ready, name, options, model)
+        known = before.get(side)
+        if known is None or known.key != key:
+            known = None if model.is_run else read_cached(key)
+            if known is None:
+                known = _attacked(key, _attack(name), model, ready, recipe.seed, options)
+                if not model.is_run:
+                    write_cached(known)
+            write_kept(file, {**before, **sides, side: known})
+        sides[side] = known
         bar.update()
     return sides
+
+
+def _key(recipe: Recipe, ready: Prepared, name: str, options: Mapping[str, Any], model: Model) -> str:
+    """A digest of all that the figures of an attack depend on; a folder that an option names counts by its files."""
+    parameters = _parameters(name, options)
+    folders = {option: Path(value) for option, value in parameters.items() if isinstance(value, str)}
+    files = {option: file_hashes(place) for option, place in folders.items() if place.is_dir()}
+    about = [vars(ready.data), ready.about, versions(recipe.family), PartialState().device.type]
+    return digest([SCHEMA, name, {**parameters, **files}, recipe.seed, model.sha256, *about])
 
 
 def _attack(name: str) -> Callable[..., Any]:
@@ -138,8 +156,9 @@ def _untouched(subject: Subject, data: Any, seed: int) -> list[Point]:
 
 
 def _attacked(
-    key: str, attack: Callable[..., Any], subject: Subject, ready: Prepared, seed: int, options: Mapping[str, Any]
+    key: str, attack: Callable[..., Any], model: Model, ready: Prepared, seed: int, options: Mapping[str, Any]
 ) -> Attacked:
+    subject = ready.open(model.folder, model.is_run)
     began, absent = time.monotonic(), None
     cuda = torch.cuda.is_available()
     if cuda:
@@ -179,6 +198,9 @@ def _record(
 
 def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked], seed: int) -> dict[str, Any]:
     run, other, known = sides[RUN], sides.get(REFERENCE), ATTACKS[name]
+    points = merged(run.points, None if other is None else other.points, seed)
+    if known.both is not None and other is not None and run.points and other.points:
+        points += [point for point in merged([known.both(run.points, other.points)], None, seed) if point["metrics"]]
     return {
         "attack": name,
         "changes": known.changes,
@@ -189,7 +211,7 @@ def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked],
         "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
         "absent": run.absent,
         "reference_absent": None if other is None else other.absent,
-        "points": merged(run.points, None if other is None else other.points, seed),
+        "points": points,
     }
 
 
