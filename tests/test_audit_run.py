@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 from small_recipe import RECIPE, problems
-from small_run import events, execute, write_recipe
+from small_run import events, execute, without_report, write_recipe
 from typer.testing import CliRunner
 
 from hf_clmul.cli import app
@@ -19,7 +19,9 @@ from hf_clmul.evaluation.audit.protocol import AttackEntry, Point
 from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.ledger.scan import scan
 from hf_clmul.ledger.scan_redact import redact
+from hf_clmul.report.markdown import as_text
 from hf_clmul.run import audit as auditing
+from hf_clmul.run import closing
 from hf_clmul.run.audit import audit_run
 
 REQUESTS = "  - unlearn: {name: one, from: people, where: {person: [P02]}}\n"
@@ -44,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def run(finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run; reports are not drawn, and the cache is empty."""
     monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(auditing, "write_report", lambda root: root)
+    monkeypatch.setattr(closing, "write_report", without_report)
     return Path(shutil.copytree(finished[0], tmp_path / "out"))
 
 
@@ -226,7 +228,7 @@ def test_a_recipe_audits_at_the_end_of_its_run_and_the_command_prints_what_came_
     record = read_audit(root)
     assert [entry["attack"] for entry in record["attacks"]] == ["relearn"]
     assert [event["event"] for event in events(root)][-1] == "audited"
-    with patch.object(auditing, "write_report", lambda root: root):
+    with patch.object(closing, "write_report", without_report):
         shown = CliRunner().invoke(app, ["audit", str(root)])
     assert shown.exit_code == 0, shown.output
     assert "before attacks" in shown.output and "There is no retrained model to compare with" in " ".join(
@@ -244,5 +246,37 @@ def test_a_receipt_written_after_an_audit_names_it(run):
     assert (
         "## Audits of the finished model" in after
         and ": relearn, without a reference; SHA-256 of the record: " in after
+        and f"- event {events(run)[-1]['n']}, " in after
+        and after == (run / "receipts" / "one.md").read_text()
     )
     assert not check(run, before).problems and not check(run, after).problems
+
+
+def test_the_card_of_the_model_tells_what_the_last_audit_said_and_what_is_on_the_hub_is_renewed(
+    run, finished, monkeypatch
+):
+    pushed: list[str] = []
+
+    def push(folder: Any, recipe: Any) -> str:
+        pushed.append((folder.model / "README.md").read_text())
+        return "https://hub/me/model"
+
+    monkeypatch.setattr(closing, "push", push)
+    card, recipe = run / "model" / "README.md", finished[0].parent / "recipe.yaml"
+    to_hub = "export.push_to_hub=me/model"
+    execute(recipe, run, to_hub)
+    before = card.read_text()
+    assert "## Does it come back?" not in before and "**Unlearning is not erasure.**" in before
+    record = audit_run(run, ["relearn", "remove_adapter"], None, QUICK)
+    told = card.read_text()
+    section = told.split("\n## Does it come back?\n")[1].split("\n## Limits\n")[0]
+    assert told.replace(f"## Does it come back?\n{section}\n", "") == before
+    assert "without a reference: relearn ([arXiv 2506.12618](https://arxiv.org/abs/2506.12618))." in section
+    assert as_text(record["verdict"][-1]) in section and "remove" not in section  # it was not tried
+    assert not any(sample["answer"] in section for sample in record["attacks"][1]["points"][0]["samples"])
+    audit_run(run, ["relearn"], finished[1], QUICK)
+    beside = card.read_text()
+    assert "attacked, beside the reference small: relearn" in beside and beside.count("## Does it come back?") == 1
+    for _ in range(2):
+        execute(recipe, run, to_hub)
+    assert pushed == [before, beside]

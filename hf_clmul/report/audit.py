@@ -32,17 +32,21 @@ MOST = 4
 _WAYS = {"weights": "changes the weights", "question": "changes the question", "nothing": "only looks inside"}
 
 
+Sample = tuple[str, str, tuple[tuple[str, str], ...]]
+
+
 @dataclass(frozen=True)
 class AttackTable:
     """One attack. `rows` hold (label, cells), three cells for each of `metrics`: the run, the reference, the gap; the last one only
-    where there is a reference. `absent` says why there are no rows."""
+    where there is a reference. `samples` are (question, true answer, ((after what, what was said), ...)). `absent` says why there
+    are no rows."""
 
     name: str
     title: str
     facts: str
     metrics: tuple[str, ...]
     rows: tuple[tuple[str, tuple[str, ...]], ...]
-    samples: tuple[tuple[str, str, str, str], ...]
+    samples: tuple[Sample, ...]
     absent: str | None
 
 
@@ -101,14 +105,19 @@ def _facts(attack: Record) -> str:
     return "; ".join(part for part in (attack["summary"], way, options, cost) if part)
 
 
-def _samples(points: Iterable[Record]) -> list[tuple[str, str, str, str]]:
-    """(question, true answer, first point's answer, last point's answer), of questions that both have."""
+def _samples(points: Iterable[Record]) -> list[Sample]:
+    """What was said at the first point and at the last one that asked, and what the reference said there."""
     points = [point for point in points if point["samples"]]
     if not points:
         return []
-    first, last = points[0]["samples"], points[-1]["samples"]
-    before = {sample["answer"]: sample["generated"] for sample in first}
-    return [
-        (sample["question"], sample["answer"], before.get(sample["answer"], DASH), sample["generated"])
-        for sample in last
-    ]
+    first, last = points[0], points[-1]
+    before = {sample["answer"]: sample["generated"] for sample in first["samples"]} if first is not last else {}
+    found: list[Sample] = []
+    for sample in last["samples"]:
+        said = [(last["label"], sample["generated"])]
+        if sample["answer"] in before:
+            said.insert(0, (first["label"], before[sample["answer"]]))
+        if sample["reference"] is not None:
+            said.append((f"reference, {last['label']}", sample["reference"]))
+        found.append((sample["question"], sample["answer"], tuple(said)))
+    return found

@@ -4,8 +4,9 @@ and its verdict. Knows run folders and the protocol of attacks; nothing of what 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
 from hf_clmul.recipe.schema import Recipe
-from hf_clmul.report.page import write_report
 from hf_clmul.run.audit_families import Prepared, prepared
+from hf_clmul.run.closing import show, write_card
 from hf_clmul.run.folder import COMPLETE, RunFolder
 from hf_clmul.run.ledger import check_ledger
 from hf_clmul.run.log import quiet_libraries
@@ -75,8 +76,7 @@ def audit_run(
     with quiet_libraries(), folder.locked():
         check_ledger(folder)
         record = audit(recipe, folder, results, _chosen(plain, recipe, names), reference)
-        if not folder.report.is_file():
-            write_report(folder.root)
+        show(folder, plan_steps(plain))
         return record
 
 
@@ -103,9 +103,11 @@ def audit(
     found: dict[str, dict[str, Attacked]] = {}
     with tqdm(total=(1 + len(attacks)) * len(models), desc="audit", unit="attack") as bar:
         for name, options in {BEFORE: {}, **attacks}.items():
-            found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", bar)
+            start = {side: one.points[0] for side, one in found.get(BEFORE, {}).items()}
+            found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", start, bar)
     record = _record(recipe, own, other, missing, attacks, found, state)
     _write(folder, record)
+    write_card(folder, record)
     return record
 
 
@@ -116,10 +118,11 @@ def _sides(
     options: Mapping[str, Any],
     models: Sequence[Model],
     file: Path,
+    start: Mapping[str, Point],
     bar: Any,
 ) -> dict[str, Attacked]:
     """An attack on each model; what was measured before, under the same circumstances, is read back: for this run, and of a
-    reference for any run."""
+    reference for any run. `start` is how the models were measured that no attack has touched."""
     before, sides = read_kept(file), {}
     for model in models:
         side = RUN if model.is_run else REFERENCE
@@ -129,7 +132,8 @@ def _sides(
         if known is None or known.key != key:
             known = None if model.is_run else read_cached(key)
             if known is None:
-                known = _attacked(key, _attack(name), model, ready, recipe.seed, options)
+                subject = partial(_opened, ready, model, start.get(side))
+                known = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
                 if not model.is_run:
                     write_cached(known)
             write_kept(file, {**before, **sides, side: known})
@@ -147,6 +151,21 @@ def _key(recipe: Recipe, ready: Prepared, name: str, options: Mapping[str, Any],
     return digest([SCHEMA, name, {**parameters, **files}, recipe.seed, model.sha256, *about])
 
 
+def _opened(ready: Prepared, model: Model, start: Point | None) -> Subject:
+    """A fresh model. What attacks call "before" is the same measurement for all of them, made once."""
+    subject = ready.open(model.folder, model.is_run)
+    if start is not None:
+        measure = subject.measure
+
+        def known(label: str, x: float | None = None, forget: Sequence[Any] | None = None) -> Point:
+            if label == BEFORE and forget is None:
+                return replace(start, x=x)
+            return measure(label, x, forget)
+
+        subject.measure = known
+    return subject
+
+
 def _attack(name: str) -> Callable[..., Any]:
     return _untouched if name == BEFORE else ATTACKS[name].function
 
@@ -156,9 +175,14 @@ def _untouched(subject: Subject, data: Any, seed: int) -> list[Point]:
 
 
 def _attacked(
-    key: str, attack: Callable[..., Any], model: Model, ready: Prepared, seed: int, options: Mapping[str, Any]
+    key: str,
+    attack: Callable[..., Any],
+    opened: Callable[[], Subject],
+    ready: Prepared,
+    seed: int,
+    options: Mapping[str, Any],
 ) -> Attacked:
-    subject = ready.open(model.folder, model.is_run)
+    subject = opened()
     began, absent = time.monotonic(), None
     cuda = torch.cuda.is_available()
     if cuda:
