@@ -166,7 +166,7 @@ def _already(there: Sequence[str], referenced: bool) -> str:
 def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     name = attack["attack"]
     if attack["absent"] is not None:
-        yield f"{name}: not tried, {attack['absent']}."
+        yield f"{name}: not tried, {attack['absent'].rstrip('.')}."
         return
     start, back = _start(attack, before), came_back(attack, before)
     after = [point for point in attack["points"] if point["label"] != "before"]
@@ -198,7 +198,7 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
     yield from _own(name, [m for m in _metrics(after) if m not in start], after, referenced)
     if attack["reference_absent"] is not None:
-        yield f"{name}: not tried on the retrained model, {attack['reference_absent']}."
+        yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
 
 
 def _rose_alone(metric: str, start: Mapping[str, Any], after: Sequence[Record]) -> Record | None:
@@ -289,9 +289,15 @@ def _summary(back: Sequence[str], tried: int, referenced: bool, there: bool) -> 
 
 def _number(estimate: Record) -> str:
     """The value with its interval."""
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3f} (one example)"
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None:
+        return f"{_digits(value)} (one example)"
+    return f"{_digits(value)} [{_digits(low)}, {_digits(high)}]"
+
+
+def _digits(number: float) -> str:
+    """So many that small numbers which differ look different."""
+    return f"{number:.3f}" if number == 0 or abs(number) >= 0.01 else f"{number:.2g}"
 
 
 def _listed(parts: Sequence[str]) -> str:
