@@ -98,11 +98,15 @@ def _table(attack: Record, referenced: bool) -> AttackTable:
 def _facts(attack: Record) -> str:
     from hf_clmul.report.words import format_bytes, format_seconds
 
-    options = ", ".join(f"{name} {value}" for name, value in attack["parameters"].items())
+    options = ", ".join(f"{name} {_plain(value)}" for name, value in attack["parameters"].items() if value is not None)
     peak, seconds = attack["peak_memory_bytes"], attack["seconds"]
     cost = f"{format_seconds(seconds)}, peak memory {format_bytes(peak)}" if not attack["absent"] else ""
     way = _WAYS.get(attack["changes"], "")
     return "; ".join(part for part in (attack["summary"], way, options, cost) if part)
+
+
+def _plain(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _samples(points: Iterable[Record]) -> list[Sample]:
