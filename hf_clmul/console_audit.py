@@ -27,8 +27,9 @@ def audit_table(record: Mapping[str, Any]) -> "Table":
     from rich.text import Text
 
     metrics = list(record["before"])
-    beside = "run / reference under the same attack; " if record["reference"] is not None else ""
-    caption = Text(f"{beside}* came back: the intervals are apart")
+    caption = Text("* rose: the intervals are apart")
+    if record["reference"] is not None:
+        caption = Text("run / reference under the same attack; * came back: the intervals are apart")
     table = Table(title=Text(f"{record['name']}: does it come back?"), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     table.title_justify = table.caption_justify = "left"
     table.add_column("attack", overflow="fold", min_width=15)

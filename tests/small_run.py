@@ -90,7 +90,7 @@ def without_report(root: Path) -> Path:
 
 def execute(recipe: Path, out: Path, *overrides: str) -> Path:
     """Carries out the recipe in this process, without drawing figures and without waiting for the disk."""
-    with patch("hf_clmul.run.runner.write_report", without_report), patch("os.fsync"):
+    with patch("hf_clmul.run.closing.write_report", without_report), patch("os.fsync"):
         return run_recipe(load_recipe(recipe, overrides), out)
 
 

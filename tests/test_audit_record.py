@@ -157,12 +157,67 @@ def test_nothing_else_came_back(run, reference, gap):
     assert "came back" not in said and "None of 1 attacks" in said and "may." in said
 
 
+def test_a_model_that_had_forgotten_more_than_the_reference_came_back_only_above_it():
+    """The gap's interval is that of run - reference without its sign: before, it was -0.3 [-0.4, -0.2]."""
+    start = {"p": entry((0.10, 0.05, 0.15), (0.40, 0.30, 0.50), (0.30, 0.20, 0.40))}
+    for run, gap, back in (
+        ((0.60, 0.50, 0.70), (0.20, 0.10, 0.30), ["p"]),  # a gap smaller than before, on the other side
+        ((0.41, 0.30, 0.50), (0.01, 0.00, 0.10), []),  # it knows what the reference does
+    ):
+        found = attack(("before", start), ("1 epoch", {"p": entry(run, (0.40, 0.30, 0.50), gap)}))
+        assert list(came_back(found, start)) == back
+
+
+def test_a_gap_whose_sign_is_open_is_no_return_even_from_two_equal_models():
+    start = {"p": entry((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))}
+    found = attack(("before", start), ("x", {"p": entry((0.6, 0.5, 0.7), (0.58, 0.5, 0.7), (0.02, 0.0, 0.06))}))
+    assert came_back(found, start) == {}
+
+
+def test_what_the_reference_did_not_meet_rose_and_is_not_called_a_return():
+    own = {"answer_probability": entry((0.10, 0.05, 0.15))}
+    point = ("1 epoch", {"answer_probability": entry((0.6, 0.5, 0.7))})
+    found = attack(("before", own), point, reference_absent="too little memory")
+    assert came_back(found, START) == {}
+    said = verdict(START, [found], None)
+    assert said[1] == (
+        "relearn: answer probability rose: 0.100 [0.050, 0.150] before, 0.600 [0.500, 0.700] after (1 epoch); the retrained "
+        "model has no figure under this attack to compare with."
+    )
+    assert said[2] == "relearn: not tried on the retrained model, too little memory."
+    assert said[3].startswith("None of 1 attacks raised") and "came back" not in " ".join(said)
+
+
 def test_without_a_reference_the_verdict_says_so_and_compares_with_before_only():
     start = {"answer_probability": entry((0.10, 0.05, 0.15))}
     point = ("1 epoch", {"answer_probability": entry((0.6, 0.5, 0.7))})
     said = verdict(start, [attack(("before", start), point)], "none was trained")
     assert said[0].startswith("There is no retrained model to compare with (none was trained)")
-    assert "retrained" not in " ".join(said[1:]) and "came back" in said[1]
+    assert (
+        said[1]
+        == "relearn: answer probability rose: 0.100 [0.050, 0.150] before, 0.600 [0.500, 0.700] after (1 epoch)."
+    )
+    assert said[2] == (
+        "1 of 1 attacks raised something: relearn. How much of that was still in the model, and how much such an attack teaches "
+        "any model, is not known without a retrained one."
+    )
+
+
+@pytest.mark.parametrize("referenced", [True, False])
+def test_where_nothing_was_forgotten_unmoved_figures_do_not_read_as_success(referenced):
+    other = ((0.11, 0.05, 0.2), (0.86, 0.80, 0.90)) if referenced else ()
+    start = {"answer_probability": entry((0.97, 0.95, 0.99), *other), "p": entry((0.2, 0.1, 0.3))}
+    said = verdict(start, [attack(("before", start), ("int8", start))], None if referenced else "none was trained")
+    assert said[1] == (
+        "Before any attack the run already lies above the retrained model in answer probability: that much was not forgotten."
+        if referenced
+        else "Before any attack the run already lies near 1 in answer probability, so that no attack could raise that far."
+    )
+    assert "This does not mean that the data were forgotten" in said[-1]
+    low = {"answer_probability": entry((0.10, 0.05, 0.15), *other[:1], *([(0.01, 0.0, 0.05)] if referenced else ()))}
+    said = verdict(low, [attack(("before", low), ("int8", low))], None if referenced else "none was trained")
+    assert "Before any attack the run already" not in " ".join(said)
+    assert ("How much the run still showed before the attacks is not known" in said[-1]) != referenced
 
 
 def test_one_example_has_no_interval_and_proves_nothing():
@@ -181,11 +236,55 @@ def test_an_attack_starts_from_its_own_first_point_and_absence_is_told():
     assert said[1:] == ["relearn: not tried, the run is no filter."]
 
 
-def test_what_only_an_attack_measures_is_stated_and_not_judged():
-    found = attack(("layer 3", {"depth": entry((0.4, 0.3, 0.5), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3))}))
-    said = verdict(START, [found], None)
-    assert said[1] == (
-        "relearn: depth 0.400 [0.300, 0.500] (layer 3), the retrained model 0.200 [0.100, 0.300]. Nothing like it was measured "
-        "before."
+def own(name: str, *parts: tuple, missing: str | None = None) -> list[str]:
+    """What is said of a metric that only the attack has, at points named after their order."""
+    points = [(f"point {i}", {name: entry(*part)}) for i, part in enumerate(parts, 1)]
+    start = START if missing is None else {"answer_probability": entry((0.10, 0.05, 0.15))}
+    return verdict(start, [attack(*points)], missing)[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("run", "gap", "said"),
+    [
+        ((0.40, 0.35, 0.45), (0.20, 0.10, 0.30), "above the retrained model"),
+        ((0.10, 0.05, 0.15), (0.10, 0.05, 0.15), "below the retrained model"),
+        ((0.22, 0.10, 0.30), (0.02, 0.00, 0.10), "cannot be told apart from the retrained model"),
+    ],
+)
+def test_what_only_an_attack_measures_is_stated_beside_the_reference(run, gap, said):
+    reference = (0.20, 0.10, 0.30)
+    numbers = [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in (run, reference, gap)]
+    told = "mean ROUGE-L recall of samples {} against {} (point 2; gap {})".format(*numbers)
+    assert own("sampled_rouge_mean", (run, reference, (0.9, 0.8, 1.0)), (run, reference, gap)) == [
+        f"relearn: {said}: {told}."
+    ]
+    apart = ((0.5, 0.4, 0.6), (0.2, 0.1, 0.3)), ((0.2, 0.15, 0.25), (0.2, 0.1, 0.3))
+    assert own("leak_share", apart[0])[0].startswith("relearn: above the retrained model: share of leaks 0.500")
+    assert own("leak_share", apart[1])[0].startswith("relearn: cannot be told apart from the retrained model")
+
+
+def test_one_number_of_all_examples_is_not_judged_by_an_interval_that_it_has_not():
+    (said,) = own("leak_bound_overall", ((0.02, 0.02, 0.02), (0.01, 0.01, 0.01), (0.01, 0.01, 0.01)))
+    assert said.startswith(
+        "relearn: beside the retrained model, without intervals that would tell chance: upper bound on "
     )
-    assert came_back(found, START) == {}
+
+
+def test_of_layers_the_one_is_told_where_the_models_are_furthest_apart():
+    layers = ((0.1, 0.1, 0.1), (0.1, 0.1, 0.1), (0, 0, 0)), ((2.0, 1.9, 2.1), (3.0, 2.9, 3.1), (1.0, 0.9, 1.1)), (
+        (0.5, 0.4, 0.6), (0.6, 0.5, 0.7), (0.1, 0.0, 0.2))  # fmt: skip
+    (said,) = own("patched_drop", *layers)
+    assert (
+        said.startswith("relearn: below the retrained model: log-probability lost by patching 2.000")
+        and "point 2" in said
+    )
+
+
+def test_depth_is_explained_and_without_a_reference_only_the_run_is_told():
+    (depth,) = own("unlearning_depth", ((0.4, 0.3, 0.5),))
+    assert depth.startswith("relearn: depth of unlearning 0.400 [0.300, 0.500], where 0 means that the layers hold all")
+    (alone,) = own("lens_hits", ((0.4, 0.3, 0.5),), missing="none was trained")
+    assert alone == (
+        "relearn: right tokens inside 0.400 [0.300, 0.500] (point 1). The retrained model to compare with is missing."
+    )
+    assert came_back(attack(("x", {"lens_hits": entry((0.9, 0.8, 1.0))})), START) == {}

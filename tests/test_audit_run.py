@@ -9,14 +9,19 @@ from unittest.mock import patch
 
 import pytest
 from small_recipe import RECIPE, problems
-from small_run import events, execute, write_recipe
+from small_run import events, execute, without_report, write_recipe
 from typer.testing import CliRunner
 
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.audit.depth import unlearning_depth
+from hf_clmul.evaluation.audit.protocol import AttackEntry, Point
 from hf_clmul.evaluation.audit.record import read_audit
+from hf_clmul.ledger.scan import scan
 from hf_clmul.ledger.scan_redact import redact
+from hf_clmul.report.markdown import as_text
 from hf_clmul.run import audit as auditing
+from hf_clmul.run import closing
 from hf_clmul.run.audit import audit_run
 
 REQUESTS = "  - unlearn: {name: one, from: people, where: {person: [P02]}}\n"
@@ -41,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def run(finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the run; reports are not drawn, and the cache is empty."""
     monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(auditing, "write_report", lambda root: root)
+    monkeypatch.setattr(closing, "write_report", without_report)
     return Path(shutil.copytree(finished[0], tmp_path / "out"))
 
 
@@ -106,6 +111,62 @@ def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finishe
     assert seen == [("out", True)]
 
 
+def test_what_an_attack_did_to_a_reference_is_kept_for_other_runs_with_its_seconds(run, finished, tmp_path):
+    record, seen = opened(run, ["quantize", "relearn"], finished[1], QUICK)
+    assert seen == [("out", True), ("out", False)] * 3
+    (cached, *others) = sorted((tmp_path / "cache" / "audits").iterdir())
+    assert len(others) == 2  # before, and two attacks
+    other = Path(shutil.copytree(run, tmp_path / "other", ignore=shutil.ignore_patterns("audit")))
+    again, seen = opened(other, ["quantize", "relearn"], finished[1], QUICK)
+    assert seen == [("other", True)] * 3
+    for one, two in zip(record["attacks"], again["attacks"], strict=True):
+        assert one["points"] == two["points"] and one["reference_seconds"] == two["reference_seconds"]
+    # Other options, other weights, other versions, and a file that is broken: measured again.
+    shutil.rmtree(other / "audit")
+    _, seen = opened(other, ["relearn"], finished[1], [*QUICK, "relearn.batch_size=2"])
+    assert ("out", False) in seen and seen.count(("out", False)) == 1
+    changed = Path(shutil.copytree(finished[1], tmp_path / "changed"))
+    (changed / "model" / "config.json").write_text((changed / "model" / "config.json").read_text() + "\n")
+    _, seen = opened(other, ["quantize"], changed)
+    assert seen.count(("changed", False)) == 2
+    with patch.object(auditing, "versions", lambda family: {"torch": "0"}):
+        _, seen = opened(other, ["quantize"], finished[1])
+    assert seen == [("other", True), ("out", False)] * 2
+    for file in (cached, *others):
+        file.write_text("{")
+    shutil.rmtree(other / "audit")
+    _, seen = opened(other, ["quantize"], finished[1])
+    assert seen == [("other", True), ("out", False)] * 2
+
+
+def test_redaction_deletes_what_the_cache_has_of_an_audit(run, finished, tmp_path):
+    audit_run(run, ["relearn"], finished[1], QUICK)
+    cache = tmp_path / "cache" / "audits"
+    found = [finding.path for finding in scan(run) if finding.kind == "cache"]
+    assert sorted(found) == sorted(f"audits/{file.name}" for file in cache.iterdir()) and len(found) == 2
+    redact(run)
+    assert not list(cache.iterdir()) and not [finding for finding in scan(run) if finding.kind == "cache"]
+
+
+def test_a_point_of_both_models_stands_at_the_end_of_the_run(run, finished):
+    drops = [[0.5, 1.0], [1.0, 1.0]]  # of two examples: of the run, then of the reference
+
+    def drop(subject: Any, data: Any, seed: int) -> Any:
+        yield Point("layer 1 of 1", {"patched_drop": drops.pop(0)}, 1.0)
+
+    entry = AttackEntry(drop, "nothing", "causal_lm", "-", "drops", unlearning_depth)
+    with (
+        patch.dict(auditing.ATTACKS, {"patching": entry}),
+        patch.object(auditing, "attack_parameters", lambda name: {}),
+    ):
+        (attack,) = audit_run(run, ["patching"], finished[1])["attacks"]
+    layer, both = attack["points"]
+    assert (layer["metrics"]["patched_drop"]["run"]["value"], both["label"]) == (0.75, "depth of unlearning")
+    depth = both["metrics"]["unlearning_depth"]
+    assert (depth["run"]["value"], depth["run"]["n"], depth["reference"], depth["gap"]) == (0.75, 2, None, None)
+    assert any("depth of unlearning 0.750" in sentence for sentence in read_audit(run)["verdict"])
+
+
 def test_the_same_audit_gives_the_same_numbers(run):
     first = audit_run(run, ["relearn"], None, QUICK)
     shutil.rmtree(run / "audit")
@@ -167,7 +228,7 @@ def test_a_recipe_audits_at_the_end_of_its_run_and_the_command_prints_what_came_
     record = read_audit(root)
     assert [entry["attack"] for entry in record["attacks"]] == ["relearn"]
     assert [event["event"] for event in events(root)][-1] == "audited"
-    with patch.object(auditing, "write_report", lambda root: root):
+    with patch.object(closing, "write_report", without_report):
         shown = CliRunner().invoke(app, ["audit", str(root)])
     assert shown.exit_code == 0, shown.output
     assert "before attacks" in shown.output and "There is no retrained model to compare with" in " ".join(
@@ -185,5 +246,37 @@ def test_a_receipt_written_after_an_audit_names_it(run):
     assert (
         "## Audits of the finished model" in after
         and ": relearn, without a reference; SHA-256 of the record: " in after
+        and f"- event {events(run)[-1]['n']}, " in after
+        and after == (run / "receipts" / "one.md").read_text()
     )
     assert not check(run, before).problems and not check(run, after).problems
+
+
+def test_the_card_of_the_model_tells_what_the_last_audit_said_and_what_is_on_the_hub_is_renewed(
+    run, finished, monkeypatch
+):
+    pushed: list[str] = []
+
+    def push(folder: Any, recipe: Any) -> str:
+        pushed.append((folder.model / "README.md").read_text())
+        return "https://hub/me/model"
+
+    monkeypatch.setattr(closing, "push", push)
+    card, recipe = run / "model" / "README.md", finished[0].parent / "recipe.yaml"
+    to_hub = "export.push_to_hub=me/model"
+    execute(recipe, run, to_hub)
+    before = card.read_text()
+    assert "## Does it come back?" not in before and "**Unlearning is not erasure.**" in before
+    record = audit_run(run, ["relearn", "remove_adapter"], None, QUICK)
+    told = card.read_text()
+    section = told.split("\n## Does it come back?\n")[1].split("\n## Limits\n")[0]
+    assert told.replace(f"## Does it come back?\n{section}\n", "") == before
+    assert "without a reference: relearn ([arXiv 2506.12618](https://arxiv.org/abs/2506.12618))." in section
+    assert as_text(record["verdict"][-1]) in section and "remove" not in section  # it was not tried
+    assert not any(sample["answer"] in section for sample in record["attacks"][1]["points"][0]["samples"])
+    audit_run(run, ["relearn"], finished[1], QUICK)
+    beside = card.read_text()
+    assert "attacked, beside the reference small: relearn" in beside and beside.count("## Does it come back?") == 1
+    for _ in range(2):
+        execute(recipe, run, to_hub)
+    assert pushed == [before, beside]

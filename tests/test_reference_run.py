@@ -13,13 +13,13 @@ from small_run import at_step, events, execute, in_process, outcome, without_rep
 
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.recipe.load import Recipe, dump_recipe, load_recipe
-from hf_clmul.run import retrained, runner
+from hf_clmul.run import closing, retrained, runner
 from hf_clmul.run.reference import about_reference, fingerprint, found_reference, found_references, reference_recipe
 from hf_clmul.run.retrained import make_references, reference_rows
 
 
 def made(recipe: Recipe, *args: Any, **kwargs: Any) -> list[tuple[Path, bool]]:
-    with patch.object(runner, "write_report", without_report), patch("os.fsync"):
+    with patch.object(closing, "write_report", without_report), patch("os.fsync"):
         return list(make_references(recipe, *args, **kwargs))
 
 

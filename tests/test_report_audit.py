@@ -1,6 +1,6 @@
 """The report's audit: its numbers are the record's, with and without a reference."""
 
-from fake_audit import fake_audit, write_fake_audit
+from fake_audit import estimate, fake_audit, write_fake_audit
 from fake_results import write_fake_run
 from test_report import Page, cells
 
@@ -26,7 +26,8 @@ def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
         ("0.800", "0.780 to 0.830"),
     )
     assert "steps 20, learning_rate 2e-05" in relearn.facts
-    assert relearn.samples == (("Where was Wanjeri Muthokoi born?", "In Nyahururu.", "At 0 steps.", "At 20 steps."),)
+    said = ("0 steps", "At 0 steps."), ("20 steps", "At 20 steps."), ("reference, 20 steps", "I do not know.")
+    assert relearn.samples == (("Where was Wanjeri Muthokoi born?", "In Nyahururu.", said),)
     assert [label for label, _ in quantize.rows] == ["unchanged", "int8", "nf4"]
     assert removed.absent == "the run left no adapter that could be taken off" and removed.rows == ()
 
@@ -45,6 +46,18 @@ def test_a_curve_is_drawn_over_its_own_scale_with_the_reference_beside():
         assert list(run.get_xdata()) == [0, 5, 10, 20] and list(run.get_ydata()) == [0.119, 0.41, 0.73, 0.91]
         assert list(reference.get_ydata()) == [0.11] * 4
         assert below.get_title("left") == "ROUGE-L recall"
+
+
+def test_a_point_that_sums_up_is_no_part_of_the_curve():
+    relearn = fake_audit()["attacks"][0]
+    whole = {"run": estimate(0.4), "reference": None, "gap": None}
+    summed = {"label": "depth of unlearning", "x": None, "metrics": {"unlearning_depth": whole}, "samples": []}
+    attack = {**relearn, "points": [*relearn["points"], summed]}
+    assert is_curve(attack) and describe_attack(attack) == describe_attack(relearn)
+    above, below = attack_figure(attack, LIGHT).axes
+    assert list(above.lines[0].get_xdata()) == [0, 5, 10, 20]
+    (table, *_) = attack_tables({**fake_audit(), "attacks": [attack]})
+    assert table.metrics[-1] == "Depth of unlearning" and table.rows[-1][1][-3:] == ("0.400 [0.380, 0.430]", "–", "–")
 
 
 def test_labels_are_drawn_as_dots():

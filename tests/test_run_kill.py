@@ -39,7 +39,7 @@ POINTS: list[tuple[str, Any, tuple]] = [
     ("in the export", before, ("hf_clmul.run.export", "_check", "model")),
     ("when the model is put in place", before, ("os", "rename", ".model.")),
     ("in the record", before, ("os", "replace", "results.json")),
-    ("before the report", before, ("hf_clmul.run.runner", "_close")),
+    ("before the report", before, ("hf_clmul.run.runner", "close")),
 ]
 
 

@@ -224,7 +224,7 @@ def _audits(records: Sequence[Record], erased: Record) -> list[str]:
     """Attacks on a model exported since. What they found is no part of the ledger, which has the hash of their record."""
     found = [record for record in records[erased["n"] + 1 :] if record["event"] == "audited"]
     lines = [
-        f"{record['time']}: {', '.join(record['attacks']) or 'no attack'}, "
+        f"event {record['n']}, {record['time']}: {', '.join(record['attacks']) or 'no attack'}, "
         + (f"beside the reference {record['reference']}" if record["reference"] else "without a reference")
         + f"; SHA-256 of the record: {record['record_sha256']}"
         for record in found

@@ -174,7 +174,8 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
 def _cached(erased: Erased) -> Iterator[Finding]:
     for file in cached(erased):
         todo = "`hf-clmul scan RUN --redact` deletes the file"
-        yield Finding("cache", named(file), "the cache folder holds a picture of an erased example", todo)
+        what = "an audit that quotes an erased example" if file.suffix == ".json" else "a picture of an erased example"
+        yield Finding("cache", named(file), f"the cache folder holds {what}", todo)
 
 
 def _unknown(erased: Erased) -> Iterator[Finding]:

@@ -1,17 +1,22 @@
-"""Finds picture files of erased examples in the cache, which is no part of a run folder: copies from data sets, and
-what a model drew. It knows names of files; it opens none."""
+"""Finds erased examples in the cache, which is no part of a run folder: pictures copied from data sets, what a model drew, and
+what audits asked references. It knows names of files; of pictures it opens none."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from hf_clmul.data.pictures import FILE, GENERATED
-from hf_clmul.ledger.scan_text import Erased
+from hf_clmul.evaluation.audit.kept import AUDITS
+from hf_clmul.ledger.scan_text import Erased, quoted, readable
 from hf_clmul.paths import cache_folder
 
 
 def cached(erased: Erased) -> list[Path]:
-    """Files in the cache that hold pictures of erased examples; not those that surviving examples have too."""
-    return [file for file, reference in _files(cache_folder()) if erased.image(reference)]
+    """Files in the cache that hold pictures of erased examples, not those that surviving examples have too; and audits of
+    references that quote erased examples."""
+    pictures = [file for file, reference in _files(cache_folder()) if erased.image(reference)]
+    needles = erased.needles() | erased.caption_needles()
+    audits = sorted((cache_folder() / AUDITS).glob("*.json")) if needles else []
+    return pictures + [file for file in audits if quoted(needles, readable(file))]
 
 
 def named(file: Path) -> str:

@@ -32,17 +32,21 @@ MOST = 4
 _WAYS = {"weights": "changes the weights", "question": "changes the question", "nothing": "only looks inside"}
 
 
+Sample = tuple[str, str, tuple[tuple[str, str], ...]]
+
+
 @dataclass(frozen=True)
 class AttackTable:
     """One attack. `rows` hold (label, cells), three cells for each of `metrics`: the run, the reference, the gap; the last one only
-    where there is a reference. `absent` says why there are no rows."""
+    where there is a reference. `samples` are (question, true answer, ((after what, what was said), ...)). `absent` says why there
+    are no rows."""
 
     name: str
     title: str
     facts: str
     metrics: tuple[str, ...]
     rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
-    samples: tuple[tuple[str, str, str, str], ...]
+    samples: tuple[Sample, ...]
     absent: str | None
 
 
@@ -92,21 +96,30 @@ def _table(attack: Record, referenced: bool) -> AttackTable:
 def _facts(attack: Record) -> str:
     from hf_clmul.report.words import format_bytes, format_seconds
 
-    options = ", ".join(f"{name} {value}" for name, value in attack["parameters"].items())
+    options = ", ".join(f"{name} {_plain(value)}" for name, value in attack["parameters"].items() if value is not None)
     peak, seconds = attack["peak_memory_bytes"], attack["seconds"]
     cost = f"{format_seconds(seconds)}, peak memory {format_bytes(peak)}" if not attack["absent"] else ""
     way = _WAYS.get(attack["changes"], "")
     return "; ".join(part for part in (attack["summary"], way, options, cost) if part)
 
 
-def _samples(points: Iterable[Record]) -> list[tuple[str, str, str, str]]:
-    """(question, true answer, first point's answer, last point's answer), of questions that both have."""
+def _plain(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _samples(points: Iterable[Record]) -> list[Sample]:
+    """What was said at the first point and at the last one that asked, and what the reference said there."""
     points = [point for point in points if point["samples"]]
     if not points:
         return []
-    first, last = points[0]["samples"], points[-1]["samples"]
-    before = {sample["answer"]: sample["generated"] for sample in first}
-    return [
-        (sample["question"], sample["answer"], before.get(sample["answer"], DASH), sample["generated"])
-        for sample in last
-    ]
+    first, last = points[0], points[-1]
+    before = {sample["answer"]: sample["generated"] for sample in first["samples"]} if first is not last else {}
+    found: list[Sample] = []
+    for sample in last["samples"]:
+        said = [(last["label"], sample["generated"])]
+        if sample["answer"] in before:
+            said.insert(0, (first["label"], before[sample["answer"]]))
+        if sample["reference"] is not None:
+            said.append((f"reference, {last['label']}", sample["reference"]))
+        found.append((sample["question"], sample["answer"], tuple(said)))
+    return found

@@ -21,8 +21,7 @@ _CURVE = 3
 
 def attack_figure(attack: Mapping[str, Any], theme: Theme) -> Figure:
     """The first metrics of an attack, one above the other: curves where its points have an x, else dots for each label."""
-    metrics = metrics_of(attack)[:_DRAWN]
-    curve = is_curve(attack)
+    metrics, curve = _drawn(attack), is_curve(attack)
     figure, axes_of = new_figure(theme, 0.9 + 1.5 * len(metrics), len(metrics), share_x=curve)
     for axes, metric in zip(axes_of, metrics, strict=True):
         axes.grid(color=theme.grid, linewidth=0.8)
@@ -31,7 +30,11 @@ def attack_figure(attack: Mapping[str, Any], theme: Theme) -> Figure:
             ("reference", "reference", theme.muted),
         ):
             drawn = [(i, point, point["metrics"].get(metric, {}).get(kind)) for i, point in enumerate(attack["points"])]
-            drawn = [(i, point, found) for i, point, found in drawn if found is not None]
+            drawn = [
+                (i, point, found)
+                for i, point, found in drawn
+                if found is not None and (point["x"] is not None or not curve)
+            ]
             if drawn:
                 _draw(axes, drawn, curve, colour, name, kind == "reference")
         panel_title(axes, metric_label(metric), theme)
@@ -48,18 +51,25 @@ def attack_figure(attack: Mapping[str, Any], theme: Theme) -> Figure:
 
 
 def is_curve(attack: Mapping[str, Any]) -> bool:
-    """Whether the points lie on a scale, such as steps of training."""
-    points = attack["points"]
-    return len(points) >= _CURVE and all(point["x"] is not None for point in points)
+    """Whether the points lie on a scale, such as steps of training; one that sums them up need not."""
+    placed = [point for point in attack["points"] if point["x"] is not None]
+    return len(placed) >= _CURVE
+
+
+def _drawn(attack: Mapping[str, Any]) -> list[str]:
+    """The first metrics; of a curve, of those that points on its scale have."""
+    placed = [point for point in attack["points"] if point["x"] is not None or not is_curve(attack)]
+    return metrics_of({"points": placed})[:_DRAWN]
 
 
 def describe_attack(attack: Mapping[str, Any]) -> str:
     """First and last point of the drawn metrics in words, for those who do not see the figure."""
     parts = []
-    for metric in metrics_of(attack)[:_DRAWN]:
+    for metric in _drawn(attack):
+        points = [point for point in attack["points"] if metric in point["metrics"]]
         told = [
             f"{point['label']} {_value(point, metric, 'run')} (reference {_value(point, metric, 'reference')})"
-            for point in (attack["points"][0], attack["points"][-1])
+            for point in (points[0], points[-1])
         ]
         parts.append(f"{metric_label(metric)}: {', '.join(told)}")
     return f"{'; '.join(parts)}. The table has all numbers."

@@ -11,6 +11,7 @@ from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.objectives import TERMS
 from hf_clmul.report.claims import MEANINGS, claims
 from hf_clmul.report.headlines import headline
+from hf_clmul.report.markdown import as_text, linked
 from hf_clmul.report.tables import DASH, group_tables, has_unlearned
 from hf_clmul.report.words import checks, request_name, summary
 
@@ -93,17 +94,7 @@ def citations(recipe: Mapping[str, Any]) -> list[Citation]:
         used.append(_LUR)
     saliency = (unlearning.get("saliency") or {}) if "unlearn" in kinds else {}
     used += [citation for option, citation in _SALIENCY.items() if saliency.get(option) is not None]
-    return [(name, what, _linked(paper)) for name, what, paper in used if paper != "-"]
-
-
-def as_text(value: object) -> str:
-    """A value as plain text in Markdown: one line, no markup, no HTML."""
-    line = re.sub(r"([\\`*\[\]|<>&~#])", r"\\\1", " ".join(str(value).split()))
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)  # inside a word it is no markup
-
-
-def _linked(paper: str) -> str:
-    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+    return [(name, what, linked(paper)) for name, what, paper in used if paper != "-"]
 
 
 def _counts(stage: Mapping[str, Any]) -> str:

@@ -199,7 +199,12 @@ def _audit(run: Path, folder: Path) -> Audit | None:
             )
         attacks.append((table, drawn))
     reference = record["reference"]
-    told = f"the reference ({reference['name']})" if reference else f"no reference: {record['reference_missing']}"
+    told = (
+        f"Each attack on the finished model, and the same on the reference ({reference['name']}). Gap: distance between the two; an "
+        "attack that opens it brings back what a model without the data does not have."
+        if reference
+        else f"Each attack on the finished model. There is no reference: {record['reference_missing']}."
+    )
     return Audit(attacks, list(record["verdict"]), told)
 
 

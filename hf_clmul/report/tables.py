@@ -48,6 +48,16 @@ METRICS: dict[str, tuple[str, str]] = {
         "CLIP score",
         "how well the pictures go with their prompts, 0 to 100, by the CLIP that the recipe names",
     ),
+    "min_k_auc": ("Min-k AUC", "how well the forgotten are told from what was never trained on; 0.5 if not at all"),
+    "sampled_rouge_mean": ("ROUGE-L recall of samples", "mean of the answers drawn"),
+    "sampled_rouge_max": ("ROUGE-L recall of samples, largest", "of the answers drawn"),
+    "leak_share": ("Share of leaks", "of the answers drawn"),
+    "leak_bound": ("Leaks, upper bound", "on the probability of a leak"),
+    "lens_probability": ("Answer probability inside", "read off a layer"),
+    "lens_hits": ("Right tokens inside", "share of the answer's tokens that a layer puts first"),
+    "lens_reciprocal_rank": ("Reciprocal rank inside", "of the answer's tokens at a layer"),
+    "patched_drop": ("Lost by patching", "log-probability of the answer, nats per token"),
+    "unlearning_depth": ("Depth of unlearning", "0: the layers hold all; 1: as little as those of the retrained model"),
     "frechet_distance": ("Fréchet distance", "to the pictures before the first request, by the classifier's features"),
 }
 _ACCURACY = "_accuracy"

@@ -4,8 +4,9 @@ and its verdict. Knows run folders and the protocol of attacks; nothing of what 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from tqdm.auto import tqdm
 
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters, attacks_of
-from hf_clmul.evaluation.audit.kept import REFERENCE, RUN, Attacked, read_kept, write_kept
+from hf_clmul.evaluation.audit.kept import (
+    REFERENCE,
+    RUN,
+    Attacked,
+    read_cached,
+    read_kept,
+    write_cached,
+    write_kept,
+)
 from hf_clmul.evaluation.audit.merging import compared, merged
 from hf_clmul.evaluation.audit.protocol import Absent, Point, Subject
 from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked
@@ -29,8 +38,8 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
 from hf_clmul.recipe.schema import Recipe
-from hf_clmul.report.page import write_report
 from hf_clmul.run.audit_families import Prepared, prepared
+from hf_clmul.run.closing import show, write_card
 from hf_clmul.run.folder import COMPLETE, RunFolder
 from hf_clmul.run.ledger import check_ledger
 from hf_clmul.run.log import quiet_libraries
@@ -67,8 +76,7 @@ def audit_run(
     with quiet_libraries(), folder.locked():
         check_ledger(folder)
         record = audit(recipe, folder, results, _chosen(plain, recipe, names), reference)
-        if not folder.report.is_file():
-            write_report(folder.root)
+        show(folder, plan_steps(plain))
         return record
 
 
@@ -95,9 +103,11 @@ def audit(
     found: dict[str, dict[str, Attacked]] = {}
     with tqdm(total=(1 + len(attacks)) * len(models), desc="audit", unit="attack") as bar:
         for name, options in {BEFORE: {}, **attacks}.items():
-            found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", bar)
+            start = {side: one.points[0] for side, one in found.get(BEFORE, {}).items()}
+            found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", start, bar)
     record = _record(recipe, own, other, missing, attacks, found, state)
     _write(folder, record)
+    write_card(folder, record)
     return record
 
 
@@ -108,25 +118,52 @@ def _sides(
     options: Mapping[str, Any],
     models: Sequence[Model],
     file: Path,
+    start: Mapping[str, Point],
     bar: Any,
 ) -> dict[str, Attacked]:
-    """An attack on each model; what was measured before, under the same circumstances, is read back."""
+    """An attack on each model; what was measured before, under the same circumstances, is read back: for this run, and of a
+    reference for any run. `start` is how the models were measured that no attack has touched."""
     before, sides = read_kept(file), {}
     for model in models:
         side = RUN if model.is_run else REFERENCE
         bar.set_postfix_str(f"{name}, {model.name}")
-        key = digest(
-            [SCHEMA, name, _parameters(name, options), recipe.seed, model.sha256, vars(ready.data), ready.about]
-        )
-        if side in before and before[side].key == key:
-            sides[side] = before[side]
-        else:
-            subject = ready.open(model.folder, model.is_run)
-            sides[side] = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
-            del subject
-            write_kept(file, {**before, **sides})
+        key = _key(recipe, ready, name, options, model)
+        known = before.get(side)
+        if known is None or known.key != key:
+            known = None if model.is_run else read_cached(key)
+            if known is None:
+                subject = partial(_opened, ready, model, start.get(side))
+                known = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
+                if not model.is_run:
+                    write_cached(known)
+            write_kept(file, {**before, **sides, side: known})
+        sides[side] = known
         bar.update()
     return sides
+
+
+def _key(recipe: Recipe, ready: Prepared, name: str, options: Mapping[str, Any], model: Model) -> str:
+    """A digest of all that the figures of an attack depend on; a folder that an option names counts by its files."""
+    parameters = _parameters(name, options)
+    folders = {option: Path(value) for option, value in parameters.items() if isinstance(value, str)}
+    files = {option: file_hashes(place) for option, place in folders.items() if place.is_dir()}
+    about = [vars(ready.data), ready.about, versions(recipe.family), PartialState().device.type]
+    return digest([SCHEMA, name, {**parameters, **files}, recipe.seed, model.sha256, *about])
+
+
+def _opened(ready: Prepared, model: Model, start: Point | None) -> Subject:
+    """A fresh model. What attacks call "before" is the same measurement for all of them, made once."""
+    subject = ready.open(model.folder, model.is_run)
+    if start is not None:
+        measure = subject.measure
+
+        def known(label: str, x: float | None = None, forget: Sequence[Any] | None = None) -> Point:
+            if label == BEFORE and forget is None:
+                return replace(start, x=x)
+            return measure(label, x, forget)
+
+        subject.measure = known
+    return subject
 
 
 def _attack(name: str) -> Callable[..., Any]:
@@ -138,8 +175,14 @@ def _untouched(subject: Subject, data: Any, seed: int) -> list[Point]:
 
 
 def _attacked(
-    key: str, attack: Callable[..., Any], subject: Subject, ready: Prepared, seed: int, options: Mapping[str, Any]
+    key: str,
+    attack: Callable[..., Any],
+    opened: Callable[[], Subject],
+    ready: Prepared,
+    seed: int,
+    options: Mapping[str, Any],
 ) -> Attacked:
+    subject = opened()
     began, absent = time.monotonic(), None
     cuda = torch.cuda.is_available()
     if cuda:
@@ -179,6 +222,9 @@ def _record(
 
 def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked], seed: int) -> dict[str, Any]:
     run, other, known = sides[RUN], sides.get(REFERENCE), ATTACKS[name]
+    points = merged(run.points, None if other is None else other.points, seed)
+    if known.both is not None and other is not None and run.points and other.points:
+        points += [point for point in merged([known.both(run.points, other.points)], None, seed) if point["metrics"]]
     return {
         "attack": name,
         "changes": known.changes,
@@ -189,7 +235,7 @@ def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked],
         "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
         "absent": run.absent,
         "reference_absent": None if other is None else other.absent,
-        "points": merged(run.points, None if other is None else other.points, seed),
+        "points": points,
     }
 
 

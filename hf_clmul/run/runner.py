@@ -22,7 +22,6 @@ from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.families.loaders import load_of
 from hf_clmul.hashes import digest
 from hf_clmul.ledger import chain as ledger
-from hf_clmul.ledger.receipt import receipt
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained
@@ -33,13 +32,12 @@ from hf_clmul.recipe.schema import Images, Recipe, Unlearn
 from hf_clmul.recipe.streams import BASE
 from hf_clmul.report.claims import EXACT, FILTER
 from hf_clmul.report.model_card import model_card
-from hf_clmul.report.page import write_report
 from hf_clmul.run import carried
 from hf_clmul.run.audit import audit_after
 from hf_clmul.run.audit_families import prepared
+from hf_clmul.run.closing import close
 from hf_clmul.run.export import REPORT, Wanted, export
 from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
-from hf_clmul.run.hub import push
 from hf_clmul.run.ledger import RunLedger, check_ledger
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.measuring import measuring
@@ -85,7 +83,7 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
             del model, loaded  # the audit loads its own, one at a time
         on_main_first(state, lambda: _refer(folder, reference))
         on_main_first(state, lambda: _audited(recipe, folder, steps, state))
-        on_main_first(state, lambda: _close(recipe, folder, steps))
+        on_main_first(state, lambda: close(recipe, folder, steps))
     return folder.report
 
 
@@ -210,19 +208,6 @@ def _audited(recipe: Recipe, folder: RunFolder, steps: Sequence[Step], state: Pa
         log.warning("an audit takes one process, and this run has several: `hf-clmul audit %s` makes it", folder.root)
         return
     audit_after(recipe, folder)
-
-
-def _close(recipe: Recipe, folder: RunFolder, steps: list[Step]) -> None:
-    """What is shown of a complete run: receipts, the report, and the model on the Hub if the recipe wants it there."""
-    if not folder.report.is_file():
-        for step in steps:
-            if step.kind == "unlearn":
-                atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
-        write_report(folder.root)
-    repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
-    if repo_id is not None and "pushed" not in done[len(done) - done[::-1].index("exported") :]:
-        url = push(folder, recipe)
-        ledger.append(folder.ledger, "pushed", url=url)
 
 
 def _record(run: Run, status: str, began: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from hf_clmul.evaluation.audit.depth import logit_lens, patching
+from hf_clmul.evaluation.audit.depth import logit_lens, patching, unlearning_depth
 from hf_clmul.evaluation.audit.protocol import AttackEntry
 from hf_clmul.evaluation.audit.quantization import quantize
 from hf_clmul.evaluation.audit.questions import in_context, paraphrase, prefix, reverse, reworded, role_play, translated
@@ -38,7 +38,8 @@ ATTACKS: dict[str, AttackEntry] = {
         sample, "nothing", "causal_lm", "arXiv 2410.03523", "draws many answers and bounds what leaks"),
     "logit_lens": AttackEntry(logit_lens, "nothing", "causal_lm", "-", "reads the answer off the layers in between"),
     "patching": AttackEntry(
-        patching, "nothing", "causal_lm", "arXiv 2605.24614", "puts its hidden states into the model before unlearning"),
+        patching, "nothing", "causal_lm", "arXiv 2605.24614", "puts its hidden states into the model before unlearning",
+        unlearning_depth),
 }
 # fmt: on
 

@@ -1,5 +1,6 @@
 """What one model did under one attack, measured points with all their values, kept on disk until something that they depend on
-changes. An audit that was killed goes on from there."""
+changes. An audit that was killed goes on from there; what a reference did is kept in the cache too, for other runs that are
+compared with it."""
 
 import json
 from collections.abc import Mapping
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.evaluation.audit.protocol import Point
-from hf_clmul.paths import atomic_write
+from hf_clmul.paths import atomic_write, cache_folder
 
 RUN, REFERENCE = "run", "reference"
+AUDITS = "audits"
+"""A folder of the cache."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ def read_kept(file: Path) -> dict[str, Attacked]:
 
 def write_kept(file: Path, sides: Mapping[str, Attacked]) -> None:
     atomic_write(file, json.dumps({side: asdict(one) for side, one in sides.items()}, indent=1) + "\n")
+
+
+def read_cached(key: str) -> Attacked | None:
+    """What a reference did, if it was measured for any run; its seconds are those of then."""
+    found = read_kept(_cached(key)).get(REFERENCE)
+    return found if found is not None and found.key == key else None
+
+
+def write_cached(one: Attacked) -> None:
+    write_kept(_cached(one.key), {REFERENCE: one})
+
+
+def _cached(key: str) -> Path:
+    return cache_folder() / AUDITS / f"{key}.json"
 
 
 def _point(plain: Mapping[str, Any]) -> Point:

@@ -66,10 +66,12 @@ Attack = Callable[..., Iterator[Point]]
 
 @dataclass(frozen=True)
 class AttackEntry:
-    """One named attack. `changes` says what it touches: the weights, the question, or nothing (it only looks inside)."""
+    """One named attack. `changes` says what it touches: the weights, the question, or nothing (it only looks inside). `both` makes
+    one more point of the run from the points of the run and of its reference."""
 
     function: Attack
     changes: Literal["weights", "question", "nothing"]
     family: Literal["causal_lm", "diffusion"]
     paper: str
     summary: str
+    both: Callable[[Sequence[Point], Sequence[Point]], Point] | None = None

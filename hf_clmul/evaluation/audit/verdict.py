@@ -1,5 +1,5 @@
 """The verdict in words, from the record alone. A sentence states numbers, and says that something came back only where intervals
-are apart; it never says that something is gone. It knows no attack by name."""
+are apart; it never says that something is gone. It knows metrics by name, and no attack."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,42 +11,96 @@ WORDS = {
     "extraction_strength": "extraction strength",
     "exact_memorization": "exact memorization",
     "min_k_auc": "min-k AUC",
+    "question_probability": "probability of the question",
+    "question_rouge_l_recall": "ROUGE-L recall of the question",
+    "question_extraction_strength": "extraction strength of the question",
+    "question_exact_memorization": "exact memorization of the question",
+    "sampled_rouge_mean": "mean ROUGE-L recall of samples",
+    "sampled_rouge_max": "largest ROUGE-L recall of samples",
+    "leak_share": "share of leaks",
+    "leak_bound": "upper bound on the probability of a leak",
+    "leak_bound_overall": "upper bound on the mean probability of a leak",
+    "mean_bound": "upper bound on the mean score",
+    "quantile_bound": "upper bound on the score of most samples",
+    "lens_probability": "answer probability inside",
+    "lens_hits": "right tokens inside",
+    "lens_reciprocal_rank": "reciprocal rank inside",
+    "patched_drop": "log-probability lost by patching",
 }
+DEPTH = "unlearning_depth"
+BY_LAYER = ("lens_probability", "lens_hits", "lens_reciprocal_rank", "patched_drop")
+"""Their points are layers: all are answers to the question, and the last is no later one."""
+WITHOUT_INTERVAL = ("leak_bound_overall",)
+"""One number of all examples together. Whether two of them differ by chance cannot be told."""
+CEILING = 0.9
+"""Of metrics between 0 and 1: what lies above can hardly rise."""
 
 
 def verdict(before: Mapping[str, Any], attacks: Sequence[Record], reference_missing: str | None) -> list[str]:
     """One sentence or two on what was there before, then on each attack."""
     if not before:
         return ["Nothing could be measured of the forgotten examples."]
+    referenced = reference_missing is None
     said = [_before(before, reference_missing)]
+    there = there_before(before)
+    if there:
+        said.append(_already(there, referenced))
     said += [sentence for attack in attacks for sentence in _of_attack(attack, before)]
     tried = [attack for attack in attacks if attack["absent"] is None]
     if tried:
         back = [attack["attack"] for attack in tried if came_back(attack, before)]
-        said.append(_summary(back, len(tried), reference_missing is None))
+        said.append(_summary(back, len(tried), referenced, bool(there)))
     return said
 
 
 def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
     """{metric: the point where it rose most}, of metrics that rose so far that the interval lies above that from before.
 
-    Where the reference met the same attack, its distance has to have grown likewise: what the attack itself teaches came back
-    nowhere.
+    Where there is a reference, the same attack has to have left the run above it, and further above than before: what the attack
+    itself teaches came back nowhere. Where there is none, that is not known, and all that rose is among them.
     """
     found: dict[str, Record] = {}
+    referenced = _referenced(before)
     for metric, start in _start(attack, before).items():
-        points = [p for p in attack["points"] if metric in p["metrics"] and _is_back(start, p["metrics"][metric])]
+        points = [
+            p for p in attack["points"] if metric in p["metrics"] and _is_back(start, p["metrics"][metric], referenced)
+        ]
         if points:
             found[metric] = max(points, key=lambda point: _rise(start, point["metrics"][metric]))
     return found
 
 
-def _is_back(start: Record, now: Record) -> bool:
+def there_before(before: Mapping[str, Any]) -> list[str]:
+    """Metrics in which the run shows the data before any attack: above the reference, the sign of the gap being sure; where there
+    is none, so near to 1 that nothing could raise them."""
+    return [
+        metric
+        for metric, entry in before.items()
+        if (_side(entry) == "above" if entry["reference"] is not None else CEILING <= entry["run"]["value"] <= 1)
+    ]
+
+
+def _referenced(before: Mapping[str, Any]) -> bool:
+    return any(entry["reference"] is not None for entry in before.values())
+
+
+def _is_back(start: Record, now: Record, referenced: bool) -> bool:
     if not _above(now["run"], start["run"]):
         return False
-    if now["gap"] is None or start["gap"] is None:
+    if not referenced:
         return True
-    return now["run"]["value"] > now["reference"]["value"] and _above(now["gap"], start["gap"])
+    if now["gap"] is None or start["gap"] is None:  # it did not meet the same attack: nothing says what that teaches
+        return False
+    if now["run"]["value"] <= now["reference"]["value"] or now["gap"]["low"] is None or start["gap"]["high"] is None:
+        return False
+    return now["gap"]["low"] > max(0.0, _most(start))
+
+
+def _most(start: Record) -> float:
+    """The upper end of run - reference. A gap's interval is that of this difference, without its sign, and reaches down to 0 where
+    the sign is open."""
+    gap, below = start["gap"], start["run"]["value"] < start["reference"]["value"]
+    return -gap["low"] if below and gap["low"] > 0 else gap["high"]
 
 
 def _above(now: Record, start: Record) -> bool:
@@ -54,10 +108,27 @@ def _above(now: Record, start: Record) -> bool:
     return now["low"] is not None and start["high"] is not None and now["low"] > start["high"]
 
 
+def _side(entry: Record) -> str | None:
+    """Whether the run lies "above" or "below" the reference, or they "cannot be told apart"; None without intervals."""
+    run, reference, gap = entry["run"], entry["reference"], entry["gap"]
+    if gap is not None:
+        if gap["low"] is None:
+            return None
+        return "cannot be told apart" if gap["low"] <= 0 else "above" if run["value"] > reference["value"] else "below"
+    if run["low"] is None or reference["low"] is None:
+        return None
+    return "above" if _above(run, reference) else "below" if _above(reference, run) else "cannot be told apart"
+
+
 def _rise(start: Record, now: Record) -> float:
-    """How far it came from where it was: in distance to the reference where that is known."""
-    part = "gap" if now["gap"] is not None and start["gap"] is not None else "run"
-    return now[part]["value"] - start[part]["value"]
+    """How far it came from where it was: in distance above the reference where that is known."""
+    if now["gap"] is not None and start["gap"] is not None:
+        return _over(now) - _over(start)
+    return now["run"]["value"] - start["run"]["value"]
+
+
+def _over(entry: Record) -> float:
+    return entry["run"]["value"] - entry["reference"]["value"]
 
 
 def _start(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,36 +154,111 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
     return f"Gap to the retrained model on the forgotten examples before any attack: {', '.join(parts)}."
 
 
+def _already(there: Sequence[str], referenced: bool) -> str:
+    words = _listed([word(metric) for metric in there])
+    if referenced:
+        return (
+            f"Before any attack the run already lies above the retrained model in {words}: that much was not forgotten."
+        )
+    return f"Before any attack the run already lies near 1 in {words}, so that no attack could raise that far."
+
+
 def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     name = attack["attack"]
     if attack["absent"] is not None:
-        yield f"{name}: not tried, {attack['absent']}."
+        yield f"{name}: not tried, {attack['absent'].rstrip('.')}."
         return
     start, back = _start(attack, before), came_back(attack, before)
     after = [point for point in attack["points"] if point["label"] != "before"]
     if not after:
         yield f"{name}: nothing was measured after it."
         return
+    referenced = _referenced(before)
     for metric, point in back.items():
-        yield f"{name}: {word(metric)} came back: {_change(metric, start, point)}."
-    others = [metric for metric in start if metric not in back and any(metric in p["metrics"] for p in after)]
-    if others and not back:
+        rose = "came back" if referenced else "rose"
+        yield f"{name}: {word(metric)} {rose}: {_change(metric, start, point)}."
+    rest = [metric for metric in start if metric not in back] if referenced else []
+    alone = {metric: found for metric in rest if (found := _rose_alone(metric, start, after)) is not None}
+    for metric, point in alone.items():
+        change = _change(metric, start, point)
+        yield f"{name}: {word(metric)} rose: {change}; the retrained model has no figure under this attack to compare with."
+    others = [m for m in start if m not in back and m not in alone and any(m in p["metrics"] for p in after)]
+    if others and not back and not alone:
         metric, point = max(
             ((m, p) for m in others for p in after if m in p["metrics"]),
             key=lambda found: _rise(start[found[0]], found[1]["metrics"][found[0]]),
         )
         if _rise(start[metric], point["metrics"][metric]) > 0:
             most = _change(metric, start, point, named=True)
-            yield f"{name}: no metric rose so far that its intervals are apart; the largest rise is in {most}."
+            beyond = " beyond the retrained model's" if referenced else ""
+            yield f"{name}: no metric rose so far{beyond} that its intervals are apart; the largest rise is in {most}."
         else:
-            yield f"{name}: no metric rose."
+            yield f"{name}: no metric rose{', or none more than the retrained model' * referenced}."
     elif others:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
-    own = [metric for metric in after[-1]["metrics"] if metric not in start]
-    if own:
-        yield f"{name}: {'; '.join(_alone(metric, after[-1]) for metric in own)}. Nothing like it was measured before."
+    yield from _own(name, [m for m in _metrics(after) if m not in start], after, referenced)
     if attack["reference_absent"] is not None:
-        yield f"{name}: not tried on the retrained model, {attack['reference_absent']}."
+        yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
+
+
+def _rose_alone(metric: str, start: Mapping[str, Any], after: Sequence[Record]) -> Record | None:
+    """The highest point of the run where it rose for sure and there is nothing of the reference beside it."""
+    found = [
+        point
+        for point in after
+        if metric in point["metrics"]
+        and (start[metric]["gap"] is None or point["metrics"][metric]["gap"] is None)
+        and _above(point["metrics"][metric]["run"], start[metric]["run"])
+    ]
+    return max(found, key=lambda point: point["metrics"][metric]["run"]["value"], default=None)
+
+
+def _own(name: str, metrics: Sequence[str], points: Sequence[Record], referenced: bool) -> Iterator[str]:
+    """Metrics that only the attack has, so that there is nothing before it to compare with: the run beside the reference."""
+    found: dict[str | None, list[str]] = {}
+    for metric in metrics:
+        point = _telling(metric, points)
+        entry = point["metrics"][metric]
+        if metric == DEPTH:
+            yield (
+                f"{name}: depth of unlearning {_number(entry['run'])}, where 0 means that the layers hold all that the retrained model "
+                "lacks, and 1 as little as it does."
+            )
+            continue
+        said = f"{word(metric)} {_number(entry['run'])}"
+        if entry["reference"] is None:
+            found.setdefault("alone", []).append(f"{said} ({point['label']})")
+            continue
+        said += f" against {_number(entry['reference'])} ({point['label']}"
+        said += (
+            f"; gap {_number(entry['gap'])})" if entry["gap"] is not None and metric not in WITHOUT_INTERVAL else ")"
+        )
+        side = None if metric in WITHOUT_INTERVAL else _side(entry)
+        found.setdefault(side, []).append(said)
+    for side, parts in found.items():
+        listed = "; ".join(parts)
+        if side == "alone":
+            missing = "has no such figure" if referenced else "is missing"
+            yield f"{name}: {listed}. The retrained model to compare with {missing}."
+        elif side is None:
+            yield f"{name}: beside the retrained model, without intervals that would tell chance: {listed}."
+        elif side == "cannot be told apart":
+            yield f"{name}: cannot be told apart from the retrained model: {listed}."
+        else:
+            yield f"{name}: {side} the retrained model: {listed}."
+
+
+def _metrics(points: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(metric for point in points for metric in point["metrics"]))
+
+
+def _telling(metric: str, points: Sequence[Record]) -> Record:
+    """The last point that has the metric; of layers the one where run and reference are furthest apart, if that is known."""
+    having = [point for point in points if metric in point["metrics"]]
+    gaps = [point for point in having if point["metrics"][metric]["gap"] is not None]
+    if metric in BY_LAYER and gaps:
+        return max(gaps, key=lambda point: point["metrics"][metric]["gap"]["value"])
+    return having[-1]
 
 
 def _change(metric: str, start: Mapping[str, Any], point: Record, named: bool = False) -> str:
@@ -124,28 +270,38 @@ def _change(metric: str, start: Mapping[str, Any], point: Record, named: bool = 
     return said
 
 
-def _alone(metric: str, point: Record) -> str:
-    """A metric that only the attack has."""
-    entry = point["metrics"][metric]
-    beside = f", the retrained model {_number(entry['reference'])}" if entry["reference"] is not None else ""
-    return f"{word(metric)} {_number(entry['run'])} ({point['label']}){beside}"
-
-
-def _summary(back: Sequence[str], tried: int, referenced: bool) -> str:
+def _summary(back: Sequence[str], tried: int, referenced: bool, there: bool) -> str:
     beyond = " beyond what the same attack does to the retrained model" if referenced else ""
-    if back:
+    if back and referenced:
         return f"{len(back)} of {tried} attacks brought something back{beyond}: {', '.join(back)}."
-    return (
-        f"None of {tried} attacks raised a metric so far that its intervals are apart{beyond and ', and'}{beyond}. Other attacks, "
-        "or more examples, may."
-    )
+    if back:
+        return (
+            f"{len(back)} of {tried} attacks raised something: {', '.join(back)}. How much of that was still in the model, and how "
+            "much such an attack teaches any model, is not known without a retrained one."
+        )
+    said = f"None of {tried} attacks raised a metric so far that its intervals are apart{beyond and ', and'}{beyond}."
+    if there:
+        said += " This does not mean that the data were forgotten: see above what the run shows before any attack."
+    elif not referenced:
+        said += " How much the run still showed before the attacks is not known without a retrained model."
+    return f"{said} Other attacks, or more examples, may."
 
 
 def _number(estimate: Record) -> str:
     """The value with its interval."""
-    if estimate["low"] is None:
-        return f"{estimate['value']:.3f} (one example)"
-    return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None:
+        return f"{_digits(value)} (one example)"
+    return f"{_digits(value)} [{_digits(low)}, {_digits(high)}]"
+
+
+def _digits(number: float) -> str:
+    """So many that small numbers which differ look different."""
+    return f"{number:.3f}" if number == 0 or abs(number) >= 0.01 else f"{number:.2g}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def word(metric: str) -> str:

@@ -1,0 +1,49 @@
+"""What is shown of a complete run: receipts, the report, the card of the model, and the model on the Hub if the recipe wants it
+there. It knows files of a run folder; nothing of models."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.receipt import receipt
+from hf_clmul.paths import atomic_write
+from hf_clmul.report.card_audit import with_audit
+from hf_clmul.report.page import write_report
+from hf_clmul.run.folder import RunFolder
+from hf_clmul.run.hub import push
+
+if TYPE_CHECKING:
+    from hf_clmul.plan.steps import Step
+    from hf_clmul.recipe.schema import Recipe
+
+PUBLISHED = ("exported", "audited")
+"""Events after which what is on the Hub is no longer what is here: the model or its card."""
+
+
+def close(recipe: "Recipe", folder: RunFolder, steps: "Sequence[Step]") -> None:
+    """The receipts and the report where they are not those of the run as it is now, then the upload."""
+    show(folder, steps)
+    repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
+    last = max((i for i, event in enumerate(done) if event in PUBLISHED), default=0)
+    if repo_id is not None and "pushed" not in done[last:]:
+        url = push(folder, recipe)
+        ledger.append(folder.ledger, "pushed", url=url)
+
+
+def show(folder: RunFolder, steps: "Sequence[Step]") -> None:
+    """A report that was deleted says that something changed since."""
+    if not folder.report.is_file():
+        for step in steps:
+            if step.kind == "unlearn":
+                atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
+        write_report(folder.root)
+
+
+def write_card(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """The audit's verdict in the card of the model."""
+    card = folder.model / "README.md"
+    if card.is_file():
+        old = card.read_text("utf-8")
+        new = with_audit(old, record)
+        if new != old:
+            atomic_write(card, new)
