@@ -107,7 +107,10 @@ def test_another_model_is_measured_with_a_recipe(run, tmp_path):
 def test_bad_input_is_explained(run, tmp_path):
     with pytest.raises(RunError, match="is not a run folder. Give one, or name the data to measure with: --recipe"):
         evaluate(str(tmp_path))
-    with pytest.raises(RunError, match="there is no suite 'tofuu' for language models; there are: basic, tofu"):
+    with pytest.raises(
+        RunError,
+        match="there is no suite 'tofuu' for language models; there are: basic, tofu, mia, continual, muse, lm_eval",
+    ):
         evaluate(str(run), suites=["tofuu"])
     half = tmp_path / "half"
     half.mkdir()

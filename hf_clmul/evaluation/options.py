@@ -40,6 +40,16 @@ class Images(Section):
     shown: Annotated[int, Field(ge=0)] = Field(4, description="pictures of each prompt that are kept to be looked at")
 
 
+class LmEval(Section):
+    """The suite lm_eval: what lm-evaluation-harness is asked for."""
+
+    tasks: list[str] = Field([], description="names of tasks or of groups of them, such as [mmlu, wmdp]")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="shots; each task's own, if left out")
+    limit: Count | None = Field(None, description="only the first examples of each task, for a quick look")
+    batch_size: Count = 8
+    apply_chat_template: bool = False
+
+
 class Evaluation(Section):
     """What is measured before and after each request."""
 
@@ -54,6 +64,10 @@ class Evaluation(Section):
     groups: dict[Name, str] = Field(
         {}, description="further groups, {group: a name from `data`}, never trained on: real_authors, world_facts, ..."
     )
+    gradient_norms: bool = Field(
+        False, description="measure what the attack grad_norm of suite mia reads: a backward pass for each example more"
+    )
+    lm_eval: LmEval = LmEval()
     max_new_tokens: Count = 64
     batch_size: Count = 16
     reference: str | None = Field(

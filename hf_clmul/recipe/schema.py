@@ -10,8 +10,7 @@ from pydantic import BaseModel, Discriminator, Field, PrivateAttr, Tag, Validati
 from pydantic_core import PydanticCustomError, core_schema
 
 from hf_clmul.evaluation.audit.options import Audit
-from hf_clmul.evaluation.options import Count, Evaluation, Name
-from hf_clmul.evaluation.options import Images as Images
+from hf_clmul.evaluation.options import Count, Evaluation, Images, LmEval, Name
 from hf_clmul.families.options import Diffusion
 from hf_clmul.gradients.conflict import DEFAULT_RULE
 from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Section
@@ -364,6 +363,10 @@ def _section_at(key: Key) -> type[BaseModel]:
             return Learn if kind == "learn" else Unlearn
         case ("model", "scratch"):
             return Scratch
+        case ("evaluation", "images"):
+            return Images
+        case ("evaluation", "lm_eval"):
+            return LmEval
         case ("unlearning", "lookahead"):
             return Lookahead
         case ("unlearning", "saliency"):

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation import IN_RECIPES
 from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
@@ -30,7 +30,7 @@ def recipe_schema() -> dict[str, Any]:
     sections["Unlearning"]["properties"]["retain"] = _terms("retain")
     sections["Unlearning"]["properties"]["conflict"] |= _rules()
     sections["Audit"]["properties"]["attacks"] = _attacks()
-    sections["Evaluation"]["properties"]["suites"]["items"]["enum"] = list(SUITES)
+    sections["Evaluation"]["properties"]["suites"]["items"]["enum"] = list(IN_RECIPES)
     schema["properties"]["family"]["enum"] = list(FAMILIES)
     schema["properties"]["teacher"]["enum"] = list(TEACHERS)
     schema["properties"]["extends"] = {"type": "string", "description": "a recipe file that this one changes"}

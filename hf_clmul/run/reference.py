@@ -13,6 +13,8 @@ from hf_clmul import __version__
 from hf_clmul.data.encoding import example_format
 from hf_clmul.data.sources import Example, content, load_examples, select, shown
 from hf_clmul.errors import RecipeError
+from hf_clmul.evaluation import OF_NO_GROUP
+from hf_clmul.evaluation.options import Evaluation
 from hf_clmul.hashes import digest, file_hash
 from hf_clmul.models.diffusion.sources import BUILTIN, DIGITS
 from hf_clmul.objectives import TERMS
@@ -329,12 +331,20 @@ def _key(recipe: Recipe) -> str:
     shown_steps = as_measured(bare, steps)
     whole = groups(bare, shown_steps)
     text = texts({**whole, "forget": rows}) if recipe.model.scratch is not None else []
-    shown_only = {**dict.fromkeys(("reference", "samples", "score", "forget", "held_out"), True), "images": {"shown"}}
     packages = (*PACKAGES, *MORE_PACKAGES[recipe.family])
     return digest([
         _model_files(derived.model), text, settings(bare, steps, steps[-1]), rows, evaluated(bare, shown_steps, whole).plain(),
-        bare.evaluation.model_dump(exclude=shown_only), {"hf_clmul": __version__, **{name: version(name) for name in packages}},
+        _measured_by(bare.evaluation), {"hf_clmul": __version__, **{name: version(name) for name in packages}},
     ])[:16]  # fmt: skip
+
+
+def _measured_by(evaluation: Evaluation) -> dict[str, Any]:
+    """What decides the figures and the rows of a reference. Suites of no group read the rows that there are, and what is not asked
+    for leaves no trace: references that were trained before it could be asked for are found."""
+    left_out = ("reference", "samples", "score", "forget", "held_out", "lm_eval")
+    more = () if evaluation.gradient_norms else ("gradient_norms",)
+    found = evaluation.model_dump(exclude={**dict.fromkeys((*left_out, *more), True), "images": {"shown"}})
+    return {**found, "suites": [name for name in evaluation.suites if name not in OF_NO_GROUP]}
 
 
 def _bare(derived: Recipe) -> Recipe:

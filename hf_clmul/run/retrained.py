@@ -87,16 +87,24 @@ def reference_figures(folders: Sequence[Path], chosen: Evaluated) -> dict[str, A
 
 
 def reference_for(recipe: Recipe, chosen: Evaluated) -> dict[str, Any] | None:
-    """What the results record shows of the reference: the file or the run folder that `evaluation.reference` names, else what was
-    trained by `hf-clmul reference`; None if nothing was.
+    """What the results record shows of the reference; see `references`."""
+    return references(recipe, chosen)[0]
+
+
+def references(recipe: Recipe, chosen: Evaluated) -> tuple[dict[str, Any] | None, dict[str, list[Row]] | None]:
+    """Figures of the reference for the results record, and its rows for suites that compare single examples: of the file or
+    the run folder that `evaluation.reference` names, else of what was trained by `hf-clmul reference` (rows: its first seed).
+    None if nothing was; a file has no rows.
 
     Raises RecipeError for a file that cannot be used, RunError for such a folder.
     """
     named = recipe.evaluation.reference
     if named is not None and named != AUTO and not Path(named).is_dir():
-        return reference_of(recipe)
+        return reference_of(recipe), None
     folders = found_references(recipe)
-    return reference_figures(folders, chosen) if folders else None
+    if not folders:
+        return None, None
+    return reference_figures(folders, chosen), reference_rows(folders[0]) if recipe.family == "causal_lm" else None
 
 
 def _record(folder: Path) -> dict[str, Any]:
