@@ -33,12 +33,13 @@ from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
 from hf_clmul.run.evaluate_more import check_lm_eval, muse, of_harness, of_stream
-from hf_clmul.run.folder import COMPLETE, RunFolder
+from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.measuring import measuring, plain
 from hf_clmul.run.reference import found_reference
 from hf_clmul.run.request import on_main_first
 from hf_clmul.run.results import hardware, versions
+from hf_clmul.run.results_schema import complete_record, read_record
 from hf_clmul.run.retrained import references
 
 SCHEMA = 1
@@ -155,8 +156,8 @@ class Evaluation:
         """Of one suite."""
         how, about = measuring(self.recipe), {}
         if name == "continual":
-            file = Path(self.subject.model).parent / "results.json"
-            found = of_stream(json.loads(file.read_text("utf-8")), str(file))
+            root = Path(self.subject.model).parent
+            found = of_stream(read_record(root), str(root / "results.json"))
         elif name == "lm_eval":
             found, details = of_harness(self.recipe, self.subject.to(self.state.device), self.subject.loaded.tokenizer)
             about = {"lm_eval": details}
@@ -181,7 +182,7 @@ class Evaluation:
 
 
 def _of_run(recipe: Recipe, root: Path, whole: Mapping[str, Sequence[Any]]) -> Subject:
-    sha256 = json.loads((root / "results.json").read_text("utf-8"))["model"]["sha256"]
+    sha256 = read_record(root)["model"]["sha256"]
     return Subject(recipe, str(root / "model"), texts(whole), sha256)
 
 
@@ -214,14 +215,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def _check_run(root: Path) -> None:
     if not (root / "results.json").is_file() or not (root / "recipe.yaml").is_file():
         raise RunError(f"{root} is not a run folder. Give one, or name the data to measure with: --recipe RECIPE.")
-    try:
-        status = json.loads((root / "results.json").read_text("utf-8"))["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{root / 'results.json'} cannot be read ({error!r}): give `hf-clmul run` again.") from error
-    if status != COMPLETE or not (root / "model").is_dir():
-        raise RunError(
-            f"{root} is not complete, so that there is no model to measure: give `hf-clmul run` again first."
-        )
+    complete_record(root, "There is no model to measure yet: give `hf-clmul run` again first.")
+    if not (root / "model").is_dir():
+        raise RunError(f"{root} has no folder `model`, which is what is measured: give `hf-clmul run` again first.")
 
 
 def _check_suites(recipe: Recipe, names: Sequence[str], of_run: bool) -> None:
