@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from hf_clmul.evaluation import membership
-from hf_clmul.evaluation.membership import mia, privleak, privleak_estimate
+from hf_clmul.evaluation.membership import NO_NORMS, mia, privleak, privleak_estimate
 from hf_clmul.evaluation.suite_result import NO_REFERENCE, Missing, common
 
 INF = math.inf

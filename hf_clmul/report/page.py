@@ -37,7 +37,6 @@ from hf_clmul.report.tables import (
 from hf_clmul.report.words import checks, format_bytes, format_seconds, key_figures, model_name, summary
 from hf_clmul.run.results_schema import read_record
 
-SCHEMA = 1
 _TEMPLATE = "report.html.j2"
 _DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page
 
