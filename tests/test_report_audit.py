@@ -11,16 +11,20 @@ from hf_clmul.report.page import write_report
 
 
 def test_an_estimate_shows_its_interval_and_none_is_a_dash():
-    assert shown({"value": 0.5, "n": 3, "low": 0.4, "high": 0.625}) == "0.500 [0.400, 0.625]"
-    assert shown({"value": 0.5, "n": 1, "low": None, "high": None}) == "0.500"
-    assert shown(None) == "–"
+    assert shown({"value": 0.5, "n": 3, "low": 0.4, "high": 0.625}) == ("0.500", "0.400 to 0.625")
+    assert shown({"value": 0.5, "n": 1, "low": None, "high": None}) == ("0.500", "")
+    assert shown(None) == ("–", "")
 
 
 def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
     relearn, quantize, removed = attack_tables(fake_audit())
     assert relearn.metrics == ("Answer probability", "ROUGE-L recall")
     assert [label for label, _ in relearn.rows] == ["0 steps", "5 steps", "10 steps", "20 steps"]
-    assert relearn.rows[3][1][:3] == ("0.910 [0.890, 0.940]", "0.110 [0.090, 0.140]", "0.800 [0.780, 0.830]")
+    assert relearn.rows[3][1][:3] == (
+        ("0.910", "0.890 to 0.940"),
+        ("0.110", "0.090 to 0.140"),
+        ("0.800", "0.780 to 0.830"),
+    )
     assert "steps 20, learning_rate 2e-05" in relearn.facts
     assert relearn.samples == (("Where was Wanjeri Muthokoi born?", "In Nyahururu.", "At 0 steps.", "At 20 steps."),)
     assert [label for label, _ in quantize.rows] == ["unchanged", "int8", "nf4"]
@@ -29,7 +33,7 @@ def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
 
 def test_without_a_reference_only_the_run_is_shown():
     relearn = attack_tables(fake_audit(reference=False))[0]
-    assert relearn.rows[0][1] == ("0.119 [0.099, 0.149]", "0.332 [0.312, 0.362]")
+    assert relearn.rows[0][1] == (("0.119", "0.099 to 0.149"), ("0.332", "0.312 to 0.362"))
 
 
 def test_a_curve_is_drawn_over_its_own_scale_with_the_reference_beside():
@@ -63,7 +67,7 @@ def test_the_page_shows_the_verdict_each_attack_and_why_one_was_not_tried(tmp_pa
     [table] = [t for t in page.tables if cells(t[0])[0] == "After" and cells(t[2])[0] == "0 steps"]
     assert cells(table[0]) == ["After", "Answer probability", "ROUGE-L recall"]
     assert cells(table[1]) == ["unlearned", "reference", "gap"] * 2
-    assert cells(table[5])[1] == "0.910 [0.890, 0.940]"
+    assert cells(table[5])[1] == "0.910 0.890 to 0.940"
     images = [tag for tag in page.attributes("img") if (tag["alt"] or "").startswith("Relearning what was forgotten")]
     assert len(images) == 2 and (tmp_path / "report" / "audit-relearn.png").is_file()
 

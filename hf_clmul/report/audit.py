@@ -41,7 +41,7 @@ class AttackTable:
     title: str
     facts: str
     metrics: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     samples: tuple[tuple[str, str, str, str], ...]
     absent: str | None
 
@@ -60,14 +60,12 @@ def attack_tables(audit: Record) -> list[AttackTable]:
     return [_table(attack, audit["reference"] is not None) for attack in audit["attacks"]]
 
 
-def shown(estimate: Record | None) -> str:
-    """A value with its interval: "0.123 [0.100, 0.150]"; a dash for None."""
+def shown(estimate: Record | None) -> tuple[str, str]:
+    """A value and its interval: ("0.123", "0.100 to 0.150"); a dash for None, and no interval where there is none."""
     if estimate is None:
-        return DASH
+        return DASH, ""
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if low is None or high is None:
-        return format_value(value)
-    return f"{format_value(value)} [{format_value(low)}, {format_value(high)}]"
+    return format_value(value), "" if low is None or high is None else f"{format_value(low)} to {format_value(high)}"
 
 
 def _table(attack: Record, referenced: bool) -> AttackTable:

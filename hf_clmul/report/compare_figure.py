@@ -26,11 +26,18 @@ def pareto_figure(found: Comparison, theme: Theme) -> Figure:
     if len(front) > 1:
         axes.plot(*zip(*sorted(front), strict=True), color=theme.roles["retain"], linewidth=0.9, alpha=0.6, zorder=0)
     if found.reference is not None:
-        axes.plot(*found.reference, "X", markersize=9, color=theme.roles["held_out"], label="retrained (reference)")
-        axes.legend(fontsize=8, labelcolor=theme.muted, frameon=False, loc="lower right")
+        colour = theme.roles["held_out"]
+        axes.plot(*found.reference, "X", markersize=9, color=colour)
+        place = {"xytext": (6, -11), "textcoords": "offset points", "fontsize": 8, "color": colour}
+        axes.annotate("retrained (reference)", found.reference, **place)
     axes.set_xlabel(f"{found.axes[0]} (less: forgotten)", fontsize=8.5, color=theme.muted)
     axes.set_ylabel(f"{found.axes[1]} (more: kept)", fontsize=8.5, color=theme.muted)
-    axes.margins(0.18)
+    places = [value for run in found.runs for value in (run.left, run.kept) if value is not None]
+    if all(0 <= value <= 1 for value in places):  # shares and probabilities all get the same scale
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-0.03, 1.06)
+    else:
+        axes.margins(0.18)
     panel_title(axes, "forgetting against keeping", theme)
     return figure
 

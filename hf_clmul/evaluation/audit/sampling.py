@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 from annotated_types import Ge, Gt, Lt
 
 from hf_clmul.evaluation.audit.probes import answer_of, question_of, turn
@@ -74,6 +73,8 @@ def leakage(
     scores: Sequence[Sequence[float | None]], threshold: float, confidence: float, quantile: float
 ) -> dict[str, list[float | None]]:
     """The values of `sample` from the scores, in [0, 1], of the answers to each question; None for one without scores."""
+    import numpy as np
+
     there = [None if None in of_example else np.asarray(of_example, float) for of_example in scores]
     known = np.concatenate([found for found in there if found is not None])
     overall = mean_probability_bound(int((known >= threshold).sum()), len(known), confidence)
@@ -120,7 +121,8 @@ def tail_bound(scores: Sequence[float], level: float, confidence: float) -> floa
     `clopper_pearson` it holds for all levels at once (the general leakage bound of arXiv 2410.03523)."""
     if level >= 1:
         return 0.0
-    return min(1.0, float(np.mean(np.asarray(scores, float) > level)) + dkw_margin(len(scores), confidence))
+    above = sum(score > level for score in scores) / len(scores)
+    return min(1.0, above + dkw_margin(len(scores), confidence))
 
 
 def mean_bound(scores: Sequence[float], confidence: float) -> float:
@@ -129,6 +131,8 @@ def mean_bound(scores: Sequence[float], confidence: float) -> float:
 
     With the scores in order, x1 <= ... <= xn, it is the sum over i of (x(i+1) - xi) min(1, 1 - i/n + e), x0 = 0, x(n+1) = 1.
     """
+    import numpy as np
+
     ordered = np.sort(np.asarray(scores, float))
     edges = np.concatenate([[0.0], ordered, [1.0]])
     above = 1 - np.arange(len(ordered) + 1) / len(ordered)
@@ -141,6 +145,7 @@ def quantile_bound(scores: Sequence[float], quantile: float, confidence: float) 
 
     Order statistics need no assumption on the scores. The largest of n will do once quantile^n <= 1 - confidence.
     """
+    import numpy as np
     from scipy.stats import binom
 
     ordered = np.sort(np.asarray(scores, float))
