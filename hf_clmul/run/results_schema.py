@@ -82,7 +82,7 @@ class Model(_Part):
     family: str = "causal_lm"
     path: str
     dtype: str
-    sha256: str
+    sha256: str | None
     parameters: int
     trainable_parameters: int
     pipeline: str | None = None
@@ -161,7 +161,7 @@ class Results(_Part):
     model: Model
     versions: dict[str, str]
     hardware: Hardware
-    seconds: float
+    seconds: float | None
     peak_memory_bytes: int | None
     export: Export | None
     base_sha256_after: str | None = None
