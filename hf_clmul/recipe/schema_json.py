@@ -1,6 +1,7 @@
 """The JSON schema of recipes, so that editors complete and check them: the types of `schema.py`, with
 the names of terms, rules, suites and training fields filled in from their tables."""
 
+import json
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -36,7 +37,7 @@ def recipe_schema() -> dict[str, Any]:
     schema["properties"]["extends"] = {"type": "string", "description": "a recipe file that this one changes"}
     # What a recipe leaves out may stand in its base.
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
-    return schema
+    return json.loads(json.dumps(schema))  # defaults may be tuples
 
 
 def _training() -> dict[str, Any]:
