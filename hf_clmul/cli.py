@@ -78,8 +78,9 @@ def run(
         report_file = run_recipe(loaded, folder)
         if is_main_process() and (folder / "results.json").is_file():
             from hf_clmul.console import print_results
+            from hf_clmul.run.results_schema import read_record
 
-            print_results(json.loads((folder / "results.json").read_text("utf-8")))
+            print_results(read_record(folder))
         receipts = sorted((folder / "receipts").glob("*.md"))
         if receipts:
             say(f"receipts: {', '.join(map(str, receipts[:3]))}" + (f", ... ({len(receipts)})" if receipts[3:] else ""))

@@ -101,7 +101,7 @@ class Apart:
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """CPU seconds: others may be at work on the machine. Nothing is left of what was timed before."""
-    metrics._rouge_recall.cache_clear()
+    metrics._rouge_of.cache_clear()
     began = time.process_time()
     found = work()
     return found, time.process_time() - began

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+from fake_results import fake_results
 
+from hf_clmul.errors import RunError
 from hf_clmul.evaluation.comparison import compare, examples
 
 
@@ -18,8 +20,10 @@ def write_run(folder: Path, ratios: list[float]) -> Path:
     (place / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = {"answer_probability": 0.5, "rouge_l_recall": 1.0, "truth_ratio": 1.0}
     forgotten = {"answer_probability": 0.1, "rouge_l_recall": 0.2, "fluency": 0.9}
-    stage = {"stage": "01-unlearn-x", "groups": {"forget": {"metrics": forgotten}, "retain": {"metrics": kept}}}
-    (folder / "results.json").write_text(json.dumps({"stages": [{"stage": "base"}, stage]}))
+    record = fake_results()
+    groups = {"forget": {"metrics": forgotten, "examples": len(ratios)}, "retain": {"metrics": kept, "examples": 1}}
+    record["stages"][-1] |= {"stage": "01-unlearn-x", "groups": groups}
+    (folder / "results.json").write_text(json.dumps(record))
     return folder
 
 
@@ -41,3 +45,17 @@ def test_separate_truth_ratios_are_told_apart(tmp_path: Path) -> None:
 def test_rows_are_grouped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", [1.0, 1.0])
     assert {group: len(rows) for group, rows in examples(run).items()} == {"forget": 2, "retain": 1}
+
+
+def test_damaged_rows_are_explained(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", [1.0])
+    file = run / "requests" / "01-unlearn-x" / "examples.jsonl"
+    for content in ("{", "[]", '{"id": 1}'):
+        file.write_text(content)
+        with pytest.raises(
+            RunError, match=r"examples.jsonl cannot be read as the rows of a stage .*Delete .*result.json"
+        ):
+            examples(run)
+    file.unlink()
+    with pytest.raises(RunError, match="cannot be read as the rows of a stage"):
+        examples(run)

@@ -1,6 +1,7 @@
 """`hf-clmul evaluate`: a finished run measured again gives what the run says; tables are read back; bad input is explained."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,66 @@ def test_the_exported_model_is_what_the_run_measured(run, monkeypatch):
     tables[0].exists() and pytest.fail("the old table is left")
 
 
+def test_muse_generates_with_its_own_lengths_and_so_does_the_reference(run, monkeypatch):
+    seen, measure = [], measuring.measure
+
+    def counting(model: Any, tokenizer: Any, rows: Any, how: Any, *rest: Any) -> Any:
+        seen.append((how.max_new_tokens, len(rows["rows"])))
+        return measure(model, tokenizer, rows, how, *rest)
+
+    evaluate(str(run), suites=["basic"])
+    monkeypatch.setattr(measuring, "measure", counting)
+    (file,) = evaluate(str(run), suites=["muse"], reference=run)
+    found = read_evaluation(file)["suites"]["muse"]
+    assert seen == [(32, 10), (32, 10)], "questions of forget and retain, of the run and of the reference"
+    assert found["metrics"]["knowledge_memorization"] is not None and found["counts"]["knowledge_memorization"] == 8
+    assert found["metrics"]["knowledge_memorization_gap"] == found["metrics"]["privleak"] == 0.0, "against itself"
+    assert found["absent"]["verbatim_memorization"].startswith("no forgotten row is a passage (column `text`)")
+    names = {path.name.rsplit("-", 1)[0] for path in (run / "evaluation" / "tables").iterdir()}
+    assert {"forget_knowledge", "retain_knowledge", "reference-forget_knowledge", "reference-retain_knowledge"} <= names
+    evaluate(str(run), suites=["muse"], reference=run)
+    assert len(seen) == 2, "read back"
+
+
+def test_continual_measures_nothing_and_is_what_the_record_says(run, monkeypatch):
+    seen = counted(monkeypatch)
+    entry = read_evaluation(evaluate(str(run), suites=["continual"])[0])["suites"]["continual"]
+    stream = results(run)["stream"]["metrics"]
+    assert seen == [] and entry["metrics"] == stream and any(value is not None for value in stream.values())
+    assert set(entry["absent"]) == {name for name, value in stream.items() if value is None}
+    with pytest.raises(RunError, match="the suite continual is of a run's requests: give a run folder"):
+        evaluate(str(run / "model"), recipe=str(run / "recipe.yaml"), suites=["continual"])
+
+
+def test_gradient_norms_are_measured_where_asked_for(run, tmp_path):
+    (plain,) = evaluate(str(run), suites=["mia"], output=tmp_path / "plain")
+    entry = read_evaluation(plain)["suites"]["mia"]
+    assert entry["metrics"]["min_k_plus_plus_auc"] is not None
+    assert "`evaluation.gradient_norms: true`" in entry["absent"]["grad_norm_auc"]
+    asked = ["evaluation.gradient_norms=true"]
+    (file,) = evaluate(str(run), suites=["mia"], overrides=asked, output=tmp_path / "norms")
+    assert read_evaluation(file)["suites"]["mia"]["counts"]["grad_norm_auc"] == 10
+    (table,) = (tmp_path / "norms" / "tables").glob("forget-*")
+    assert all(row["grad_norm"] > 0 for row in read_table(table))
+
+
+def test_the_harness_is_looked_for_before_anything_is_measured(run, monkeypatch):
+    seen = counted(monkeypatch)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(RunError, match=r'needs lm-evaluation-harness.*pip install "hf_clmul\[lm-eval\]"'):
+        evaluate(str(run), suites=["tofu", "lm_eval"], overrides=["evaluation.lm_eval.tasks=[mmlu]"])
+    monkeypatch.setattr("hf_clmul.evaluation.lm_eval.harness", lambda: None)
+    with pytest.raises(RunError, match="the suite lm_eval has no tasks. Name some"):
+        evaluate(str(run), suites=["lm_eval"])
+    said = {"tasks": {"wmdp": {"metrics": {"acc": {"value": 0.25, "n": 50, "stderr": 0.1, "low": 0.05, "high": 0.45}}}}}
+    monkeypatch.setattr("hf_clmul.evaluation.lm_eval.lm_eval", lambda model, tokenizer, tasks, **asked: said)
+    (file,) = evaluate(str(run), suites=["lm_eval"], overrides=["evaluation.lm_eval.tasks=[wmdp]"])
+    found = read_evaluation(file)
+    assert found["suites"]["lm_eval"] == {
+        "metrics": {"wmdp/acc": 0.25}, "counts": {"wmdp/acc": 50}, "intervals": {"wmdp/acc": [0.05, 0.45]}, "absent": {}
+    } and found["lm_eval"] == said and seen == []  # fmt: skip
+
+
 def test_the_command_prints_values_and_reasons(run):
     done = CliRunner().invoke(app, ["evaluate", str(run), "--suites", "tofu"])
     assert done.exit_code == 0, done.output
@@ -107,13 +168,18 @@ def test_another_model_is_measured_with_a_recipe(run, tmp_path):
 def test_bad_input_is_explained(run, tmp_path):
     with pytest.raises(RunError, match="is not a run folder. Give one, or name the data to measure with: --recipe"):
         evaluate(str(tmp_path))
-    with pytest.raises(RunError, match="there is no suite 'tofuu' for language models; there are: basic, tofu"):
+    with pytest.raises(
+        RunError,
+        match="there is no suite 'tofuu' for language models; there are: basic, tofu, mia, continual, muse, lm_eval",
+    ):
         evaluate(str(run), suites=["tofuu"])
     half = tmp_path / "half"
     half.mkdir()
     (half / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     (half / "results.json").write_text(json.dumps({**results(run), "status": "running"}))
-    with pytest.raises(RunError, match="half is not complete, so that there is no model to measure"):
+    with pytest.raises(
+        RunError, match="half is not complete .*There is no model to measure yet: give `hf-clmul run` again"
+    ):
         evaluate(str(half))
     record = json.loads(evaluate(str(run), suites=["basic"])[0].read_text())
     for content, told in (

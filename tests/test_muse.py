@@ -4,7 +4,16 @@ import pytest
 from tiny import tiny_tokenizer
 
 from hf_clmul.evaluation.membership import mia
-from hf_clmul.evaluation.muse import TOKENS, muse, scalability, sustainability, verbatim_example
+from hf_clmul.evaluation.muse import (
+    NONE_OF,
+    PROMPT_TOKENS,
+    TOKENS,
+    groups_of,
+    muse,
+    scalability,
+    sustainability,
+    verbatim_example,
+)
 from hf_clmul.evaluation.suite_result import NO_REFERENCE
 
 
@@ -17,7 +26,8 @@ def tables(first, second, logp):
     return {
         "forget": [row("a", "one two", first, logp), row("b", "one two", second, logp - 1)],
         "held_out": [row("h", "one", "", -2.0), row("i", "one", "", -4.0)],
-        "retain": [row("r", "one two", first)],
+        "forget_knowledge": [row("a", "one two", first), row("b", "one two", second)],
+        "retain_knowledge": [row("r", "one two", first)],
         "forget_verbatim": [row("v", "one two", second)],
     }
 
@@ -52,22 +62,22 @@ def test_the_four_sides_and_their_distance_to_the_reference():
 
 
 def test_what_is_not_there_is_absent_with_its_reason():
-    found = muse({"forget": RUN["forget"]})
+    found = muse({name: RUN[name] for name in ("forget", "forget_knowledge")})
     assert set(found.metrics) == {"knowledge_memorization"}
     assert found.absent == {
         "knowledge_memorization_gap": NO_REFERENCE,
-        "utility_preservation": "no examples of the group retain were measured",
-        "utility_preservation_gap": NO_REFERENCE,
-        "verbatim_memorization": "no examples of the group forget_verbatim were measured",
-        "verbatim_memorization_gap": NO_REFERENCE,
+        "utility_preservation": NONE_OF["retain_knowledge"],
+        "utility_preservation_gap": NONE_OF["retain_knowledge"],
+        "verbatim_memorization": NONE_OF["forget_verbatim"],
+        "verbatim_memorization_gap": NONE_OF["forget_verbatim"],
         "privleak": NO_REFERENCE,
     }
 
 
 def test_answers_that_rouge_cannot_read_are_absent_and_not_zero():
-    other = {**RUN, "retain": [row("r", "東京", "東京")]}
+    other = {**RUN, "retain_knowledge": [row("r", "東京", "東京")]}
     found = muse(other, other)
-    reason = "no answer of the group retain has words of a-z and 0-9, which ROUGE-L compares"
+    reason = "no answer of the group retain_knowledge has words of a-z and 0-9, which ROUGE-L compares"
     assert found.absent == {"utility_preservation": reason, "utility_preservation_gap": reason}
 
 
@@ -79,6 +89,23 @@ def test_a_passage_is_cut_into_prompt_and_continuation():
     assert found["prompt"] + found["completion"] == tokenizer.decode(ids[: 10 + 128])
     assert tokenizer(found["completion"])["input_ids"] == ids[10:138] and TOKENS["forget_verbatim"] == 128
     assert verbatim_example("word1", tokenizer, 50) is None
+
+
+def test_groups_are_passages_and_questions():
+    tokenizer = tiny_tokenizer(["a b c d e f g h"])
+    question, other = {"question": "q", "answer": "a"}, {"question": "p", "answer": "b"}
+    long = "h " * 300
+    found = groups_of(
+        {"forget": [{"text": "a b c d"}, question, {"text": ""}, {"text": long}], "retain": [other]}, tokenizer
+    )
+    short, cut = found["forget_verbatim"]
+    assert short["prompt"] + short["completion"] == "a b c d" and len(tokenizer(short["prompt"])["input_ids"]) == (
+        len(tokenizer("a b c d")["input_ids"]) // 2
+    )
+    assert len(tokenizer(cut["prompt"])["input_ids"]) == PROMPT_TOKENS
+    assert found["forget_knowledge"] == [question] and found["retain_knowledge"] == [other]
+    named = groups_of({"forget": [{"text": "a b c d"}], "forget_knowledge": [other]}, tokenizer)
+    assert named["forget_knowledge"] == [other] and named["retain_knowledge"] == []
 
 
 def test_scalability_orders_by_size_and_averages_seeds():

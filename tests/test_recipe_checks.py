@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_recipe import changed, problems, write
 
-from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation import IN_RECIPES
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import COUNTERPARTS, TERMS, terms_of
@@ -211,7 +211,7 @@ NAMES = {
     "<roles of kl>": " and ".join(TERMS["kl"].roles),
     "<rules>": one_of(CONFLICT_RULES),
     "<teachers>": one_of(TEACHERS),
-    "<suites>": one_of(SUITES),
+    "<suites>": one_of(IN_RECIPES),
     "<families>": one_of(FAMILIES),
 }
 
@@ -281,14 +281,22 @@ FOREIGN = {  # of which family, what is added, and the one line that must come o
         "evaluation.score: is a metric of language models; expected prompt_accuracy; found the text 'rouge_l_recall'; "
         "leave it out for the family's own"),
     "suite of texts": ("diffusion", "evaluation: {suites: [concepts, basic]}",
-        "evaluation.suites.1: is for language models; expected concepts; found the text 'basic'; leave it out for the "
+        "evaluation.suites.1: is for language models; expected one of concepts, continual; found the text 'basic'; leave it out for the "
         "family's own"),
     "score of pictures": ("causal_lm", "evaluation: {score: prompt_accuracy}",
         "evaluation.score: is a metric of diffusion models; expected one of rouge_l_recall, answer_probability, "
         "exact_memorization, extraction_strength; found the text 'prompt_accuracy'; leave it out for the family's own"),
     "suite of pictures": ("causal_lm", "evaluation: {suites: [concepts]}",
-        "evaluation.suites.0: is for diffusion models; expected one of basic, tofu; found the text 'concepts'; leave it out "
-        "for the family's own"),
+        "evaluation.suites.0: is for diffusion models; expected one of basic, tofu, mia, continual; found the text 'concepts'; "
+        "leave it out for the family's own"),
+    "suite that a run cannot measure": ("causal_lm", "evaluation: {suites: [basic, muse]}",
+        "evaluation.suites.1: 'muse' is no suite of a run: it generates answers of its own lengths, which no stage of a run "
+        "has; remove it, and give `hf-clmul evaluate RUN --suites muse` once the run is complete"),
+    "a key of lm_eval": ("causal_lm", "evaluation: {lm_eval: {task: [mmlu]}}",
+        "evaluation.lm_eval.task: unknown key; expected one of tasks, num_fewshot, limit, batch_size, "
+        "apply_chat_template; found 'task'; did you mean 'tasks'?"),
+    "tasks of texts": ("diffusion", "evaluation: {lm_eval: {tasks: [mmlu]}}",
+        "evaluation.lm_eval: is a suite of language models; remove it"),
     "numbered layers": ("diffusion", "adapter: {layers: last-2}",
         "adapter.layers: chooses among the numbered layers of a language model; remove it, and name modules in "
         "`adapter.target_modules`"),

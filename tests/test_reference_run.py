@@ -12,6 +12,7 @@ import pytest
 from small_run import at_step, events, execute, in_process, outcome, without_report, write_recipe
 
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation import metrics
 from hf_clmul.recipe.load import Recipe, dump_recipe, load_recipe
 from hf_clmul.run import closing, retrained, runner
 from hf_clmul.run.reference import about_reference, fingerprint, found_reference, found_references, reference_recipe
@@ -97,6 +98,36 @@ def test_a_complete_run_gets_it_when_it_is_given_again(bed, tmp_path):
     assert (run / "results.json").stat().st_mtime_ns == time, "and nothing changes after that"
 
 
+def test_suites_that_compare_examples_have_its_rows(bed, tmp_path):
+    """Forget quality and the gaps of membership: absent without a reference, a number with one, in a run that was complete
+    before and in a new one; the rows of the reference decide them."""
+    suites = ["evaluation.suites=[basic,mia,tofu]", "evaluation.reference={}"]
+    named = bed["made"][0][0]
+    file, run = bed["file"], tmp_path / "run"
+    with patch.dict("os.environ", HF_CLMUL_CACHE=str(tmp_path / "empty")):
+        execute(file, run, suites[0])
+        without = [stage["suites"] for stage in results(run)["stages"]]
+        assert all("no such reference is at hand" in each["tofu"]["absent"]["forget_quality"] for each in without)
+        assert all(each["mia"]["metrics"]["loss_auc_gap"] is None for each in without)
+        with patch.object(runner, "_execute", never), patch("hf_clmul.run.folder.RunFolder.finished", lambda *a: {}):
+            execute(file, run, suites[0], suites[1].format(named))
+        execute(file, tmp_path / "new", suites[0], suites[1].format(named))
+    late, early = ([stage["suites"] for stage in results(root)["stages"]] for root in (run, tmp_path / "new"))
+    assert late == early
+    rows, own = reference_rows(named), reference_rows(run)
+    quality = metrics.forget_quality(*([metrics.truth_ratio(row) for row in each["forget"]] for each in (own, rows)))
+    assert late[-1]["tofu"]["metrics"]["forget_quality"] == quality
+    assert late[-1]["mia"]["metrics"]["loss_auc_gap"] >= 0 and late[-1]["mia"]["counts"]["loss_auc_gap"] == 10
+    assert "forget_quality" not in late[-1]["tofu"]["absent"]
+
+
+def test_suites_of_no_group_leave_the_fingerprint_as_it_is(bed):
+    recipe, asked = bed["recipe"], load_recipe(bed["file"], ["evaluation.suites=[basic,mia,continual]"])
+    assert fingerprint(asked) == fingerprint(recipe)
+    assert fingerprint(load_recipe(bed["file"], ["evaluation.suites=[basic,tofu]"])) != fingerprint(recipe)
+    assert fingerprint(load_recipe(bed["file"], ["evaluation.gradient_norms=true"])) != fingerprint(recipe)
+
+
 def test_a_new_run_has_it_from_the_start(bed, tmp_path):
     execute(bed["file"], tmp_path / "run", "seed=5", "unlearning.training.max_steps=1")
     assert results(tmp_path / "run")["reference"]["groups"]["forget"]["fluency"]["n"] == 2
@@ -125,8 +156,9 @@ def test_a_file_wins_a_folder_may_be_named_and_auto_is_the_cache(bed, tmp_path):
     ("change", "reason"),
     [
         ({"status": "running"}, r"not trained to its end \(status 'running'\)"),
-        ({"schema": 2}, "has schema 2, and this version of hf_clmul reads 1"),
-        ({"stages": []}, "cannot be read as the record of a run"),
+        ({"schema": 2}, "expected `schema` 1, found 2"),
+        ({"stages": []}, "was not trained to its end"),
+        ({"stages": 3}, "is no record of a run: stages: Input should be a valid list"),
     ],
 )
 def test_a_folder_that_is_no_finished_reference_is_refused(bed, tmp_path, change, reason):

@@ -286,7 +286,7 @@ def test_a_log_cut_short_by_a_kill_is_read_as_far_as_it_goes(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "results.json is not there, so there is nothing to report"),
+        (None, "results.json is not there. Give the folder of a run"),
         ('{"schema": 1, "na', "is not valid JSON"),
         ('{"schema": 2}', "expected `schema` 1, found 2"),
         ("[]", "expected `schema` 1, found None"),

@@ -6,8 +6,10 @@ import math
 import pytest
 from test_metrics import GOLDEN, LOG2, golden_rows, row
 
-from hf_clmul.evaluation import SUITES, metrics
-from hf_clmul.evaluation.suite_table import NO_PARAPHRASE, NOT_FINITE, SUITE_FUNCTIONS, merged, results
+from hf_clmul.evaluation import EVALUATE_ONLY, IN_RECIPES, SUITES, metrics
+from hf_clmul.evaluation.membership import NO_NORMS
+from hf_clmul.evaluation.suite_result import NO_REFERENCE
+from hf_clmul.evaluation.suite_table import NO_PARAPHRASE, NOT_FINITE, SUITE_FUNCTIONS, continual, merged, results
 from hf_clmul.recipe.families import SUITES_OF
 
 BARE = {"paraphrase_logps": None, "perturbed_logps": None}
@@ -133,4 +135,40 @@ def test_of_two_suites_a_number_wins_over_none():
 
 
 def test_every_suite_has_a_line_and_a_function():
-    assert set(SUITES_OF["causal_lm"]) == set(SUITE_FUNCTIONS) <= set(SUITES)
+    assert {*SUITES_OF["causal_lm"], *EVALUATE_ONLY} == {*SUITE_FUNCTIONS, "continual", "lm_eval"}
+    assert {*SUITES_OF["causal_lm"], *SUITES_OF["diffusion"]} == set(IN_RECIPES)
+    assert {*IN_RECIPES, *EVALUATE_ONLY} == set(SUITES)
+
+
+def test_mia_is_of_no_single_group_and_always_a_distance():
+    """-1 and -3 against -2: AUC 1/2 of the run; -3 and -4 against -2: 0 of the reference; gap 1/2, PrivLeak -50."""
+
+    def some(*logps):
+        return [row(question=str(i), logps=[value] * 2, token_means=[-2.0] * 2, token_deviations=[1.0] * 2)
+                for i, value in enumerate(logps)]  # fmt: skip
+
+    run, reference = (
+        {"forget": some(-1.0, -3.0), "held_out": some(-2.0, -2.0)},
+        {"forget": some(-3.0, -4.0), "held_out": some(-2.0, -2.0)},
+    )
+    found = results(["mia"], run, reference)
+    assert found["groups"] == {}
+    entry = found["suites"]["mia"]
+    for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        assert entry["metrics"][f"{attack}_auc"] == entry["metrics"][f"{attack}_auc_gap"] == pytest.approx(1 / 2)
+        assert entry["counts"][f"{attack}_auc_gap"] == 4 and len(entry["intervals"][f"{attack}_auc_gap"]) == 2
+    assert entry["metrics"]["reference_auc"] == 1.0 and entry["metrics"]["privleak"] == pytest.approx(-50)
+    assert entry["metrics"]["grad_norm_auc"] is None and entry["absent"]["grad_norm_auc"] == NO_NORMS
+    alone = results(["mia"], {"forget": run["forget"]})["suites"]["mia"]
+    assert set(alone["metrics"].values()) == {None}
+    assert alone["absent"]["loss_auc"] == "no examples of the group held_out were measured"
+    assert results(["mia"], run)["suites"]["mia"]["absent"]["loss_auc_gap"] == NO_REFERENCE
+
+
+def test_continual_is_the_metrics_of_the_stream():
+    column = {"name": "a", "kind": "task", "task": "a", "learned": [1], "forgotten": []}
+    entry = continual({"columns": [column], "score": "x", "matrix": [[0.0], [0.75], [0.5]]})
+    assert entry["metrics"]["average_performance"] == 0.5 and entry["metrics"]["bwt_last_minus_learned"] == -0.25
+    assert entry["metrics"]["relapse_best_minus_forgotten"] is None
+    assert entry["absent"]["relapse_best_minus_forgotten"].startswith("there is nothing to average, or a score that it")
+    assert set(entry["metrics"]) == set(entry["counts"]) | set(entry["absent"])

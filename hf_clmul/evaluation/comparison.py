@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.errors import RunError
 from hf_clmul.evaluation.metrics import Row, forget_quality, model_utility, truth_ratio
+from hf_clmul.run.results_schema import complete_record
 
 UTILITY = ("answer_probability", "rouge_l_recall", "truth_ratio")
 
@@ -30,18 +32,26 @@ def compare(run: Path, reference: Path) -> dict[str, float]:
 
 
 def last_stage(run: Path) -> dict[str, Any]:
-    """The record of a finished run's last stage."""
-    return json.loads((run / "results.json").read_text("utf-8"))["stages"][-1]
+    """The record of a finished run's last stage. Raises RunError for a run that is not complete, and a record of it that cannot be
+    read."""
+    return complete_record(run)["stages"][-1]
 
 
 def examples(run: Path, stage: str | None = None) -> dict[str, list[Row]]:
-    """Per-example statistics of a stage (the last one), by group."""
+    """Per-example statistics of a stage (the last one), by group. Raises RunError, as `last_stage`, and for rows that are missing or
+    damaged."""
     stage = stage or last_stage(run)["stage"]
     place = run / "base" if stage == "base" else run / "requests" / stage
     grouped: dict[str, list[Row]] = {}
-    for line in (place / "examples.jsonl").read_text("utf-8").splitlines():
-        row = json.loads(line)
-        grouped.setdefault(row["group"], []).append(row)
+    try:
+        for line in (place / "examples.jsonl").read_text("utf-8").splitlines():
+            row = json.loads(line)
+            grouped.setdefault(row["group"], []).append(row)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{place / 'examples.jsonl'} cannot be read as the rows of a stage ({error!r}). Delete {place / 'result.json'}, and "
+            "give `hf-clmul run` again: the stage is measured anew."
+        ) from error
     return grouped
 
 

@@ -47,7 +47,7 @@ def lm_eval(
         raise RunError(
             "lm_eval: no tasks are named. Name some, such as mmlu or wmdp; `lm-eval ls tasks` lists all of them."
         )
-    harness, wrapper = _harness()
+    of_harness, wrapper = harness()
     if limit is not None:
         logger.warning(
             "lm_eval: ONLY THE FIRST %d EXAMPLES of each task are used (limit). These numbers are for a quick look and "
@@ -55,7 +55,7 @@ def lm_eval(
         )  # fmt: skip
     with _undisturbed(model):
         found = _evaluated(
-            harness, tasks,
+            of_harness, tasks,
             model=wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             num_fewshot=num_fewshot, limit=limit, apply_chat_template=apply_chat_template, log_samples=False,
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
@@ -72,15 +72,16 @@ def lm_eval(
     }  # fmt: skip
 
 
-def _harness() -> tuple[Any, type]:
+def harness() -> tuple[Any, type]:
+    """The package and its wrapper of a model in memory. Raises RunError where it cannot be imported."""
     try:
-        import lm_eval as harness
+        import lm_eval as package
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise RunError(
             f"the suite lm_eval needs lm-evaluation-harness, which cannot be imported ({error}). Install it: {INSTALL}"
         ) from None
-    return harness, HFLM
+    return package, HFLM
 
 
 def _evaluated(harness: Any, tasks: Sequence[str], **arguments: Any) -> dict[str, Any] | None:

@@ -29,6 +29,9 @@ from hf_clmul.evaluation.suite_result import Missing, SuiteResult, Tables, commo
 
 GROUPS = ("forget", "held_out")  # members, strangers
 K = 0.4  # share of tokens in min-k and min-k++, as OpenUnlearning sets it
+NO_NORMS = (
+    "gradient norms were not asked for (`evaluation.gradient_norms: true`: a backward pass for each example more)"
+)
 _SMALLEST_DEVIATION = 1e-3  # nats; where the vocabulary has none, every token would be infinitely unusual
 
 Score = Callable[[Row], float | None]
@@ -163,7 +166,8 @@ def _score(score: Score, row: Row) -> float | None:
     try:
         return score(row)
     except KeyError as column:
-        raise Missing(f"the table has no column {column.args[0]}") from None
+        missing = column.args[0]
+        raise Missing(NO_NORMS if missing == "grad_norm" else f"the table has no column {missing}") from None
 
 
 def _pair(groups: Sequence[Sequence[float | None]]) -> Pair:

@@ -2,8 +2,8 @@
 of lists of records. Knows no models; how the rows must have been generated is in TOKENS.
 
     verbatim_memorization   mean ROUGE-L F1 of greedy continuations of forgotten passages; group `forget_verbatim`
-    knowledge_memorization  mean ROUGE-L F1 of greedy answers to questions on them; group `forget`
-    utility_preservation    the same on what was to be kept; group `retain`
+    knowledge_memorization  mean ROUGE-L F1 of greedy answers to questions on them; group `forget_knowledge`
+    utility_preservation    the same on what was to be kept; group `retain_knowledge`
     privleak                see `membership.privleak`
     scalability             how these change with the number of forgotten examples
     sustainability          how these change from one unlearn request to the next
@@ -13,20 +13,47 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_clmul.data.encoding import example_format
 from hf_clmul.evaluation.estimates import DRAWS, Estimate, gap_estimate, mean_estimate
 from hf_clmul.evaluation.membership import privleak_of
 from hf_clmul.evaluation.metrics import rouge_l_f1
 from hf_clmul.evaluation.suite_result import Missing, SuiteResult, Tables, common, rows_of
 
-TOKENS = {"forget_verbatim": 128, "forget": 32, "retain": 32}
+TOKENS = {"forget_verbatim": 128, "forget_knowledge": 32, "retain_knowledge": 32}
 """The longest greedy generation in new tokens, by group. F1 counts what is said too much: other lengths, other
 numbers."""
 
 ROUGE = {
     "verbatim_memorization": "forget_verbatim",
-    "knowledge_memorization": "forget",
-    "utility_preservation": "retain",
+    "knowledge_memorization": "forget_knowledge",
+    "utility_preservation": "retain_knowledge",
 }
+NONE_OF = {
+    "forget_verbatim": "no forgotten row is a passage (column `text`) that is longer than its prompt",
+    "forget_knowledge": "no forgotten row has a question; name questions on the passages as "
+    "`evaluation.groups: {forget_knowledge: DATA}`",
+    "retain_knowledge": "nothing that stays has a question; name some as `evaluation.groups: {retain_knowledge: DATA}`",
+}
+PROMPT_TOKENS = 64
+"""Of a passage: its beginning, at most half of it. Ours: MUSE's own passages come with their prompts."""
+
+
+def groups_of(groups: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: Any) -> dict[str, list[Mapping[str, Any]]]:
+    """The examples of each group of TOKENS, from those of a recipe: passages (plain `text`) to go on with, and questions. Groups of
+    a recipe that have these very names are taken as they are."""
+    forget, retain = (groups.get(name, ()) for name in ("forget", "retain"))
+    passages = [row["text"] for row in forget if example_format(row) == ("text",)]
+    found = {
+        "forget_verbatim": [whole for text in passages if (whole := _cut(text, tokenizer)) is not None],
+        "forget_knowledge": [row for row in forget if example_format(row) != ("text",)],
+        "retain_knowledge": [row for row in retain if example_format(row) != ("text",)],
+    }
+    return {name: list(groups.get(name, rows)) for name, rows in found.items()}
+
+
+def _cut(text: str, tokenizer: Any) -> dict[str, str] | None:
+    length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return verbatim_example(text, tokenizer, min(PROMPT_TOKENS, length // 2)) if length > 1 else None
 
 
 def verbatim_example(text: str, tokenizer: Any, prompt_tokens: int) -> dict[str, str] | None:
@@ -97,10 +124,14 @@ def _change(at: dict[int, float], ends: Sequence[int]) -> Change:
 
 
 def _mean(tables: Tables, group: str, seed: int, draws: int) -> Estimate:
+    if not tables.get(group):
+        raise Missing(NONE_OF[group])
     return _there(mean_estimate([rouge_l_f1(row) for row in rows_of(tables, group)], seed, draws), group)
 
 
 def _gap(tables: Tables, reference: Tables | None, group: str, seed: int, draws: int) -> Estimate:
+    if not tables.get(group):
+        raise Missing(NONE_OF[group])
     models = common(tables, reference, [group])
     values = ([rouge_l_f1(row) for row in model[group]] for model in models)
     return _there(gap_estimate(*values, seed=seed, draws=draws), group)

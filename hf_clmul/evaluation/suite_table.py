@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.evaluation import metrics
+from hf_clmul.evaluation import membership, metrics
+from hf_clmul.evaluation import muse as sides_of_muse
 from hf_clmul.evaluation.estimates import mean_estimate
 from hf_clmul.evaluation.metrics import METRICS, Row
+from hf_clmul.evaluation.stream import METRICS as STREAM_METRICS
+from hf_clmul.evaluation.stream import stream_metrics
+from hf_clmul.evaluation.suite_result import SuiteResult
 
 Tables = Mapping[str, Sequence[Row]]
 Entry = dict[str, dict[str, Any]]
@@ -33,6 +37,7 @@ REASONS: dict[str, str] = {
     "base_perplexity": "no base model has read what was generated: a run has one at hand where it trains an adapter and an "
     "answer is more than its end; `hf-clmul evaluate` loads it",
 }
+NO_STREAM = "there is nothing to average, or a score that it needs was not measured: {}"
 _WITHOUT = "group `{}` was not measured: name its data under `evaluation.groups`"
 
 
@@ -187,4 +192,44 @@ def _add_quality(whole: Entry, tables: Tables, reference: Tables | None) -> None
     put(whole, name, metrics.forget_quality(own, other), len(own))
 
 
-SUITE_FUNCTIONS: dict[str, Callable[[Tables, Tables | None], Results]] = {"basic": basic, "tofu": tofu}
+# ---- of no single group ----------------------------------------------------------------------------------------------
+
+
+def mia(tables: Tables, reference: Tables | None = None) -> Results:
+    """See `membership.mia`."""
+    return {"groups": {}, "suites": {"mia": whole_entry(membership.mia(tables, reference))}}
+
+
+def muse(tables: Tables, reference: Tables | None = None) -> Results:
+    """See `muse.muse`. Of rows that were generated with the lengths that it asks for."""
+    return {"groups": {}, "suites": {"muse": whole_entry(sides_of_muse.muse(tables, reference))}}
+
+
+def whole_entry(found: SuiteResult) -> Entry:
+    """What a suite found, as a record has it."""
+    entry = blank()
+    for name, estimate in found.metrics.items():
+        put(entry, name, estimate.value, estimate.n)
+        if estimate.low is not None and estimate.high is not None:
+            entry["intervals"][name] = [estimate.low, estimate.high]
+    for name, why in found.absent.items():
+        put_absent(entry, name, why)
+    return entry
+
+
+def continual(record: Mapping[str, Any]) -> Entry:
+    """The metrics of the matrix R (see `stream`), from the record's `stream`. They are of tasks and stages, which no interval
+    over examples is about."""
+    entry = blank()
+    for name, value in stream_metrics(record).items():
+        if value is None:
+            put_absent(entry, name, NO_STREAM.format(STREAM_METRICS[name].formula))
+        else:
+            put(entry, name, value, len(record["columns"]))
+    return entry
+
+
+SUITE_FUNCTIONS: dict[str, Callable[[Tables, Tables | None], Results]] = {
+    "basic": basic, "tofu": tofu, "mia": mia, "muse": muse
+}  # fmt: skip
+"""Of tables; `continual` is of the record of a run, and lm_eval measures for itself."""

@@ -16,6 +16,7 @@ from hf_clmul.data.encoding import IGNORED, encode, encode_prompt, example_forma
 from hf_clmul.data.roles import permutation
 from hf_clmul.errors import RecipeError
 from hf_clmul.evaluation import suite_table
+from hf_clmul.evaluation.gradient_norms import gradient_norms
 from hf_clmul.models import causal_lm
 
 Example = Mapping[str, Any]
@@ -24,12 +25,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Measuring:
-    """How to measure: batch size, tokens to generate, and whether to score under bf16 autocast as in training."""
+    """How to measure: batch size, tokens to generate, whether to score under bf16 autocast as in training, and whether to add
+    `grad_norm`, a backward pass for each example."""
 
     batch_size: int
     max_new_tokens: int
     bf16: bool
     max_length: int | None = None
+    gradient_norms: bool = False
 
 
 def fixed_sample(examples: Sequence[Example], size: int, seed: int) -> list[Example]:
@@ -69,6 +72,8 @@ def measure(
         with tqdm(total=total, desc=title, disable=not state.is_main_process, leave=False) as bar:
             drafts = _score(rows, texts, model, tokenizer, how, bar)
             _generate(rows, prompts, drafts, model, tokenizer, how, bar)
+        if how.gradient_norms:
+            _add_gradient_norms(rows, [example for _, _, example in jobs], model, tokenizer, how)
     finally:
         model.train(mode)
     ordered: dict[str, list[Row]] = {group: [{}] * len(examples) for group, examples in groups.items()}
@@ -213,6 +218,16 @@ def _generate(
     tokens = [[*draft, *continued.get(i, ())][:most] for i, draft in enumerate(drafts)]
     for row, text in zip(rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
         row["generated"] = text.strip()
+
+
+def _add_gradient_norms(
+    rows: list[Row], examples: Sequence[Example], model: torch.nn.Module, tokenizer: Any, how: Measuring
+) -> None:
+    state = PartialState()
+    mine = range(state.process_index, len(examples), state.num_processes)
+    norms = gradient_norms(model, tokenizer, [examples[i] for i in mine], how.max_length)
+    for i, norm in gather_object(list(zip(mine, norms, strict=True))):
+        rows[i]["grad_norm"] = norm
 
 
 def _mine(order: Sequence[int], size: int) -> list[Sequence[int]]:

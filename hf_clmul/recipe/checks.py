@@ -5,7 +5,7 @@ file."""
 import re
 from typing import Any
 
-from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation import EVALUATE_ONLY, IN_RECIPES
 from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_parameters
 from hf_clmul.models import FAMILIES
 from hf_clmul.objectives import COUNTERPARTS, TERMS, term_parameters
@@ -45,7 +45,7 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
         _check_rule(tree, rule, problems)
     suites = tree.get("evaluation", "suites")
     for i in range(len(suites) if isinstance(suites, list) else 0):
-        check_name(tree, ("evaluation", "suites", i), SUITES, "suite", problems)
+        _check_suite(tree, ("evaluation", "suites", i), problems)
     for section in ("learning", "unlearning"):
         _check_pattern(tree, (section, "trainable"), problems)
     _check_model(tree, problems)
@@ -168,6 +168,15 @@ def _check_rule(tree: Tree, key: Key, problems: Problems) -> None:
                 problems.at(tree, at, "unknown parameter", expected, f"'{parameter}'", hint)
             elif problem := value_problem(known[parameter][0], value):
                 problems.at(tree, at, **problem)
+
+
+def _check_suite(tree: Tree, key: Key, problems: Problems) -> None:
+    name = tree.get(*key)
+    if isinstance(name, str) and name in EVALUATE_ONLY:
+        hint = f"remove it, and give `hf-clmul evaluate RUN --suites {name}` once the run is complete"
+        problems.at(tree, key, f"'{name}' is no suite of a run: it {EVALUATE_ONLY[name]}", hint=hint)
+    else:
+        check_name(tree, key, IN_RECIPES, "suite", problems)
 
 
 def _check_pattern(tree: Tree, key: Key, problems: Problems) -> None:

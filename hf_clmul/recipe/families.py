@@ -3,6 +3,7 @@ tree. What stands at its default says nothing, since a recipe that was written o
 
 from typing import Any
 
+from hf_clmul.evaluation.options import LmEval
 from hf_clmul.families.options import Diffusion
 from hf_clmul.models import TEXT_ENCODER
 from hf_clmul.recipe.problems import Key, Problems, one_of, shown
@@ -10,7 +11,7 @@ from hf_clmul.recipe.schema import Images
 from hf_clmul.recipe.training import requests
 from hf_clmul.recipe.tree import Tree
 
-SUITES_OF = {"causal_lm": ("basic", "tofu"), "diffusion": ("concepts",)}
+SUITES_OF = {"causal_lm": ("basic", "tofu", "mia", "continual"), "diffusion": ("concepts", "continual")}
 SCORES_OF = {
     "causal_lm": ("rouge_l_recall", "answer_probability", "exact_memorization", "extraction_strength"),
     "diffusion": ("prompt_accuracy",),
@@ -23,6 +24,8 @@ NOT_OF_DIFFUSION: tuple[tuple[Key, Any, str, str], ...] = (
         "remove it, and replay with terms such as `memory: {denoising: {}}`",
     ),
     (("evaluation", "groups"), {}, "names further groups of texts", "remove it"),
+    (("evaluation", "gradient_norms"), False, "is read by the suite mia, of language models", "remove it"),
+    (("evaluation", "lm_eval"), LmEval().model_dump(), "is a suite of language models", "remove it"),
     (
         ("adapter", "layers"), "all", "chooses among the numbered layers of a language model",
         "remove it, and name modules in `adapter.target_modules`",
@@ -37,7 +40,7 @@ def check_family(tree: Tree, family: Any, problems: Problems) -> None:
     (other,) = (name for name in SUITES_OF if name != family)
     suites = tree.get("evaluation", "suites")
     for i, name in enumerate(suites if isinstance(suites, list) else []):
-        if name in SUITES_OF[other]:
+        if name in SUITES_OF[other] and name not in SUITES_OF[family]:
             _refuse(tree, ("evaluation", "suites", i), f"is for {MODELS[other]}", SUITES_OF[family], problems)
     if tree.get("evaluation", "score") in SCORES_OF[other]:
         _refuse(tree, ("evaluation", "score"), f"is a metric of {MODELS[other]}", SCORES_OF[family], problems)

@@ -1,11 +1,12 @@
 """The JSON schema of recipes, so that editors complete and check them: the types of `schema.py`, with
 the names of terms, rules, suites and training fields filled in from their tables."""
 
+import json
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation import IN_RECIPES
 from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
@@ -30,13 +31,13 @@ def recipe_schema() -> dict[str, Any]:
     sections["Unlearning"]["properties"]["retain"] = _terms("retain")
     sections["Unlearning"]["properties"]["conflict"] |= _rules()
     sections["Audit"]["properties"]["attacks"] = _attacks()
-    sections["Evaluation"]["properties"]["suites"]["items"]["enum"] = list(SUITES)
+    sections["Evaluation"]["properties"]["suites"]["items"]["enum"] = list(IN_RECIPES)
     schema["properties"]["family"]["enum"] = list(FAMILIES)
     schema["properties"]["teacher"]["enum"] = list(TEACHERS)
     schema["properties"]["extends"] = {"type": "string", "description": "a recipe file that this one changes"}
     # What a recipe leaves out may stand in its base.
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
-    return schema
+    return json.loads(json.dumps(schema))  # defaults may be tuples
 
 
 def _training() -> dict[str, Any]:

@@ -11,9 +11,10 @@ from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.report.audit import attack_title
 from hf_clmul.report.claims import claims
 from hf_clmul.report.headlines import Headline, headline
-from hf_clmul.report.page import picture_of, read_results, rendered
+from hf_clmul.report.page import picture_of, rendered
 from hf_clmul.report.tables import DASH, FORGET, RETAIN, format_value, metric_label, metric_value, reference_entry
 from hf_clmul.report.words import format_seconds
+from hf_clmul.run.results_schema import complete_record
 
 Record = Mapping[str, Any]
 
@@ -86,10 +87,7 @@ def efficient(places: Sequence[tuple[float | None, float | None]]) -> frozenset[
 
 
 def _complete(folder: Path) -> Record:
-    results = read_results(folder)
-    if results["status"] != "complete":
-        raise RunError(f"{folder}: the run is not complete. Continue it with `hf-clmul run`, then compare.")
-    return results
+    return complete_record(folder, "Continue it with `hf-clmul run`, then compare.")
 
 
 def _columns(said: Headline) -> tuple[tuple[str, ...], list[tuple[str, str]]]:

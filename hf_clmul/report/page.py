@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_clmul.errors import RunError
 from hf_clmul.report import picture_grid
 from hf_clmul.report.audit import AttackTable, attack_tables
 from hf_clmul.report.claims import claims, explained
@@ -36,8 +35,8 @@ from hf_clmul.report.tables import (
     sample_groups,
 )
 from hf_clmul.report.words import checks, format_bytes, format_seconds, key_figures, model_name, summary
+from hf_clmul.run.results_schema import read_record
 
-SCHEMA = 1
 _TEMPLATE = "report.html.j2"
 _DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page
 
@@ -94,7 +93,7 @@ def write_report(run: Path) -> Path:
     """
     from hf_clmul.paths import atomic_write
 
-    results = read_results(run)
+    results = read_record(run)
     folder = run / "report"
     page = rendered(
         _TEMPLATE,
@@ -136,27 +135,6 @@ def rendered(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def read_results(run: Path) -> Record:
-    """The record of a run. Raises RunError if it is missing, broken or of another version."""
-    path = run / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(
-            f"{path} is not there, so there is nothing to report. "
-            "Give the folder of a finished run, such as runs/quickstart."
-        ) from None
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}). Run the recipe again to write it anew.") from None
-    found = results.get("schema") if isinstance(results, dict) else None
-    if found != SCHEMA:
-        raise RunError(
-            f"{path}: expected `schema` {SCHEMA}, found {found!r}. Another version of hf_clmul wrote it; "
-            "run the recipe again with this one."
-        )
-    return results
 
 
 def _stream(results: Record, folder: Path) -> Stream:

@@ -32,7 +32,6 @@ from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked
 from hf_clmul.evaluation.audit.verdict import verdict
 from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.ledger import chain as ledger
-from hf_clmul.ledger.files import read_results
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
@@ -45,6 +44,7 @@ from hf_clmul.run.ledger import check_ledger
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.reference import NoReference, found_reference, reference_recipe
 from hf_clmul.run.results import hardware, peak_memory, versions
+from hf_clmul.run.results_schema import read_record
 
 BEFORE = "before"
 SECTION = ("attacks", "after_run")
@@ -286,12 +286,12 @@ def _whole_key(override: str) -> str:
 
 def _results(folder: RunFolder) -> dict[str, Any]:
     """results.json of a complete run. Raises RunError for anything else."""
-    results = read_results(folder.root)
-    if results is None or not folder.recipe.is_file():
+    if not folder.results.is_file() or not folder.recipe.is_file():
         raise RunError(
             f"{folder.root} is no run folder: there is no results.json in it. Give the folder of a run, such as runs/quickstart."
         )
-    if results.get("status") != COMPLETE or not folder.model.is_dir():
+    results = read_record(folder.root)
+    if results["status"] != COMPLETE or not folder.model.is_dir():
         raise RunError(
             f"{folder.root} is not complete, and only a finished model can be audited: continue the run with "
             "`hf-clmul run` and the same recipe, then audit it."
@@ -317,11 +317,11 @@ def _model_at(place: Path) -> Model:
     """A run's model, or a model's own folder."""
     if not place.is_dir():
         raise RunError(f"the reference {place} is no folder. Give a run, or a folder made by save_pretrained.")
-    results = read_results(place)
-    if results is None:
-        return Model(place, _sha256(place, {}), place.resolve().name, False)
     folder = RunFolder(place)
-    return Model(folder.model, _sha256(folder.model, _results(folder)), results["name"], False)
+    if not folder.results.is_file():
+        return Model(place, _sha256(place, {}), place.resolve().name, False)
+    results = _results(folder)
+    return Model(folder.model, _sha256(folder.model, results), results["name"], False)
 
 
 def _sha256(folder: Path, results: Mapping[str, Any]) -> str:

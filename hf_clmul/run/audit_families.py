@@ -2,7 +2,7 @@
 that tells families apart."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hf_clmul.plan.columns import evaluated, groups
 from hf_clmul.plan.steps import Step
 from hf_clmul.recipe.schema import Data, Recipe
 from hf_clmul.report.claims import FILTER
-from hf_clmul.run.measuring import measuring
+from hf_clmul.run.measuring import measuring, plain
 
 UNRELATED = ("builtin:word_problems", "builtin:table_bookings", "builtin:support_intents")
 SAMPLES = 3
@@ -43,7 +43,7 @@ def prepared(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
 def _text(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
     from hf_clmul.evaluation.audit.subject import open_text
 
-    whole, how = groups(recipe, steps), measuring(recipe)
+    whole, how = groups(recipe, steps), replace(measuring(recipe), gradient_norms=False)
     found = evaluated(recipe, steps, whole)
     forget = [found.rows[text] for text in found.groups.get("forget", ())]
     if not forget:
@@ -63,7 +63,7 @@ def _text(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
             trust_remote_code=recipe.model.trust_remote_code,
         )  # fmt: skip
 
-    return Prepared(data, open_, {**asdict(how), "dtype": recipe.model.dtype, "filter": filters})
+    return Prepared(data, open_, {**plain(how), "dtype": recipe.model.dtype, "filter": filters})
 
 
 def _unrelated(recipe: Recipe) -> list[Example]:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,10 @@ from peft import PeftModel
 
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
+from hf_clmul.evaluation import SUITES
 from hf_clmul.evaluation.comparison import examples as measured_examples
-from hf_clmul.evaluation.suite_table import SUITE_FUNCTIONS, Tables, results
-from hf_clmul.evaluation.suites import Row
+from hf_clmul.evaluation.suite_table import Tables, results
+from hf_clmul.evaluation.suites import Measuring, Row
 from hf_clmul.evaluation.tables import SUFFIX, read_table, write_table
 from hf_clmul.families.loaders import load_of
 from hf_clmul.hashes import digest, file_hashes
@@ -31,14 +32,18 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
-from hf_clmul.run.folder import COMPLETE, RunFolder
+from hf_clmul.run.evaluate_more import check_lm_eval, muse, of_harness, of_stream
+from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.log import quiet_libraries
-from hf_clmul.run.measuring import measuring
+from hf_clmul.run.measuring import measuring, plain
+from hf_clmul.run.reference import found_reference
 from hf_clmul.run.request import on_main_first
 from hf_clmul.run.results import hardware, versions
+from hf_clmul.run.results_schema import complete_record, read_record
+from hf_clmul.run.retrained import references
 
 SCHEMA = 1
-FOLDER, TABLES = "evaluation", "tables"
+FOLDER, TABLES, REFERENCE = "evaluation", "tables", "reference-"
 COLUMNS = ("logps", "hits", "token_means", "generated")  # of every table
 
 
@@ -65,6 +70,7 @@ class Subject:
         section = self.recipe.model.model_copy(update=changed)
         return load(section, self.texts, derived_seed(self.recipe.seed, "model"))
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What its numbers depend on: of a folder the files, of a model on the Hub the loaded weights."""
         if Path(self.model).is_dir():
@@ -73,8 +79,17 @@ class Subject:
         return self.loaded.hashes(self.loaded.model)
 
     def to(self, device: torch.device) -> Any:
+        return self._whole.to(device)
+
+    @cached_property
+    def _whole(self) -> Any:
         model = self.loaded.model
-        return (PeftModel.from_pretrained(model, self.model).eval() if self.adapter else model).to(device)
+        return PeftModel.from_pretrained(model, self.model).eval() if self.adapter else model
+
+    def release(self) -> None:
+        """Takes it out of memory, until it is asked for again."""
+        for name in ("loaded", "_whole"):
+            self.__dict__.pop(name, None)
 
 
 def evaluate(
@@ -84,8 +99,9 @@ def evaluate(
     """Measures a run folder, or a model with the data of `recipe`, with `suites` (those of the recipe, if none are named).
     Writes tables of what was measured and OUTPUT/SUITE.json, by default into TARGET/evaluation; returns the latter.
 
-    `reference` is the folder of a run that never saw the forget group. Raises RecipeError, and RunError for a run that is
-    not complete, a folder that holds no run where no recipe is given, and unreadable tables.
+    `reference` is the folder of a run that never saw the forget group; by default the one that `evaluation.reference` names,
+    or that `hf-clmul reference` trained. Raises RecipeError, and RunError for a run that is not complete, a folder that
+    holds no run where no recipe is given, and unreadable tables.
     """
     root = Path(target)
     if recipe is None:
@@ -94,28 +110,90 @@ def evaluate(
     with quiet_libraries(), ExitStack() as held:
         chosen = load_recipe(recipe or root / "recipe.yaml", overrides)
         names = list(suites) or chosen.evaluation.suites
-        _check_suites(chosen, names)
+        _check_suites(chosen, names, recipe is None)
         steps = plan_steps(chosen)
         whole = groups(chosen, steps)
         wanted = evaluated(chosen, steps, whole)
-        other = None if reference is None else _reference(reference)
+        if reference is None:
+            other = references(chosen, wanted)[1]
+            reference = found_reference(chosen) if other is not None else None
+        else:
+            other = _reference(reference)
         if recipe is None:
             on_main_first(state, lambda: held.enter_context(RunFolder(root).locked()))
-            sha256 = json.loads((root / "results.json").read_text("utf-8"))["model"]["sha256"]
-            subject = Subject(chosen, str(root / "model"), texts(whole), sha256)
+            subject = _of_run(chosen, root, whole)
         else:
             subject = Subject(chosen, target, texts(whole))
         place = output or (root if recipe is None else Path(FOLDER) / root.name) / FOLDER
-        about = {"model": subject.identity(), "settings": asdict(measuring(chosen))}
-        tables = _tables(subject, wanted, place, about, state)
+        of = Evaluation(chosen, subject, reference, other, wanted, place, state)
         written = [place / f"{name}.json" for name in names]
-        if state.is_main_process:
-            for name, path in zip(names, written, strict=True):
-                found = _record(name, tables, other, about, chosen, state)
-                found |= {"target": root.name, "reference": None if reference is None else reference.name}
+        for name, path in zip(names, written, strict=True):
+            found = of.record(name) | {"target": root.name}
+            if state.is_main_process:
                 atomic_write(path, json.dumps(found, indent=1) + "\n")
         state.wait_for_everyone()
     return written
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the suites of one call share. `other` are the rows of the reference, whose run folder is `reference`."""
+
+    recipe: Recipe
+    subject: Subject
+    reference: Path | None
+    other: Tables | None
+    wanted: Evaluated
+    place: Path
+    state: PartialState
+
+    @cached_property
+    def tables(self) -> dict[str, list[Row]]:
+        """Measured once, when the first suite asks."""
+        return _tables(self.subject, self.wanted, measuring(self.recipe), self.place, self.state)
+
+    def record(self, name: str) -> dict[str, Any]:
+        """Of one suite."""
+        how, about = measuring(self.recipe), {}
+        if name == "continual":
+            root = Path(self.subject.model).parent
+            found = of_stream(read_record(root), str(root / "results.json"))
+        elif name == "lm_eval":
+            found, details = of_harness(self.recipe, self.subject.to(self.state.device), self.subject.loaded.tokenizer)
+            about = {"lm_eval": details}
+        elif name == "muse":
+            retrained = None if self.reference is None else _of_reference(self.reference)
+            found = muse(self._measure, self.subject, retrained, self.wanted, how, self.tables, self.other)
+        else:
+            found = results([name], self.tables, self.other)
+        entries = {group: {"examples": len(self.tables[group]), **entry} for group, entry in found["groups"].items()}
+        return {
+            "schema": SCHEMA, "suite": name, "recipe": self.recipe.name, "seed": self.recipe.seed,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "reference": None if self.reference is None else self.reference.name,
+            "measured": digest(_about(self.subject, how)), "settings": plain(how),
+            "groups": entries, "suites": found["suites"], **about, "versions": versions(self.recipe.family),
+            "hardware": hardware(self.state.device.type, self.state.num_processes),
+        }  # fmt: skip
+
+    def _measure(self, subject: Subject, wanted: Evaluated, how: Measuring) -> dict[str, list[Row]]:
+        prefix = "" if subject is self.subject else REFERENCE
+        return _tables(subject, wanted, how, self.place, self.state, prefix, fluency=False)
+
+
+def _of_run(recipe: Recipe, root: Path, whole: Mapping[str, Sequence[Any]]) -> Subject:
+    sha256 = read_record(root)["model"]["sha256"]
+    return Subject(recipe, str(root / "model"), texts(whole), sha256)
+
+
+def _of_reference(root: Path) -> Subject:
+    recipe = load_recipe(root / "recipe.yaml")
+    return _of_run(recipe, root, groups(recipe, plan_steps(recipe)))
+
+
+def _about(subject: Subject, how: Measuring) -> dict[str, Any]:
+    """What the rows of a table depend on, beside the example."""
+    return {"model": subject.identity, "settings": plain(how)}
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -137,24 +215,22 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def _check_run(root: Path) -> None:
     if not (root / "results.json").is_file() or not (root / "recipe.yaml").is_file():
         raise RunError(f"{root} is not a run folder. Give one, or name the data to measure with: --recipe RECIPE.")
-    try:
-        status = json.loads((root / "results.json").read_text("utf-8"))["status"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{root / 'results.json'} cannot be read ({error!r}): give `hf-clmul run` again.") from error
-    if status != COMPLETE or not (root / "model").is_dir():
-        raise RunError(
-            f"{root} is not complete, so that there is no model to measure: give `hf-clmul run` again first."
-        )
+    complete_record(root, "There is no model to measure yet: give `hf-clmul run` again first.")
+    if not (root / "model").is_dir():
+        raise RunError(f"{root} has no folder `model`, which is what is measured: give `hf-clmul run` again first.")
 
 
-def _check_suites(recipe: Recipe, names: Sequence[str]) -> None:
+def _check_suites(recipe: Recipe, names: Sequence[str], of_run: bool) -> None:
     if recipe.family != "causal_lm":
         raise RunError("evaluate measures language models; pictures are measured by `hf-clmul run` itself.")
-    unknown = [name for name in names if name not in SUITE_FUNCTIONS]
+    known = [name for name in SUITES if name != "concepts"]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise RunError(
-            f"there is no suite {unknown[0]!r} for language models; there are: {', '.join(SUITE_FUNCTIONS)}."
-        )
+        raise RunError(f"there is no suite {unknown[0]!r} for language models; there are: {', '.join(known)}.")
+    if "continual" in names and not of_run:
+        raise RunError("the suite continual is of a run's requests: give a run folder, without --recipe.")
+    if "lm_eval" in names:
+        check_lm_eval(recipe)
 
 
 def _reference(folder: Path) -> Tables:
@@ -169,10 +245,15 @@ def _reference(folder: Path) -> Tables:
     return found
 
 
-def _tables(subject: Subject, wanted: Evaluated, place: Path, about: Any, state: PartialState) -> dict[str, list[Row]]:
-    """The rows of each group, from their tables; of groups that have none, measured now, each example once."""
+def _tables(
+    subject: Subject, wanted: Evaluated, how: Measuring, place: Path, state: PartialState, prefix: str = "",
+    fluency: bool = True,
+) -> dict[str, list[Row]]:  # fmt: skip
+    """The rows of each group, from their tables; of groups that have none, measured now, each example once. The names of the
+    tables begin with `prefix`; with `fluency` the base model reads what was generated."""
+    about = _about(subject, how)
     files = {
-        name: place / TABLES / f"{name}-{digest([about, [wanted.rows[text] for text in chosen]])[:16]}{SUFFIX}"
+        name: place / TABLES / f"{prefix}{name}-{digest([about, [wanted.rows[text] for text in chosen]])[:16]}{SUFFIX}"
         for name, chosen in wanted.groups.items()
     }
     state.wait_for_everyone()
@@ -182,13 +263,14 @@ def _tables(subject: Subject, wanted: Evaluated, place: Path, about: Any, state:
     if not missing:
         return found
     unique = list(dict.fromkeys(text for name in missing for text in wanted.groups[name]))
-    rows = dict(zip(unique, _measured(subject, [wanted.rows[t] for t in unique], place, about, state), strict=True))
+    measured = _measured(subject, [wanted.rows[t] for t in unique], how, place, state, fluency)
+    rows = dict(zip(unique, measured, strict=True))
     for name in missing:
         found[name] = [{**rows[text], "group": name} for text in wanted.groups[name]]
         if state.is_main_process:
             write_table(found[name], files[name])
-            for old in files[name].parent.glob(f"{name}-*{SUFFIX}"):
-                if old != files[name] and re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{16}}", old.stem):
+            for old in files[name].parent.glob(f"{prefix}{name}-*{SUFFIX}"):
+                if old != files[name] and re.fullmatch(rf"{re.escape(prefix + name)}-[0-9a-f]{{16}}", old.stem):
                     old.unlink()
     if state.is_main_process:
         chunks.forget(place / TABLES)
@@ -196,45 +278,22 @@ def _tables(subject: Subject, wanted: Evaluated, place: Path, about: Any, state:
 
 
 def _measured(
-    subject: Subject, examples: Sequence[Any], place: Path, about: Any, state: PartialState
-) -> list[Row]:  # fmt: skip
-    how, title = measuring(subject.recipe), f"evaluating {Path(subject.model).name}"
+    subject: Subject, examples: Sequence[Any], how: Measuring, place: Path, state: PartialState, fluency: bool
+) -> list[Row]:
+    title, about = f"evaluating {Path(subject.model).name}", _about(subject, how)
     model = subject.to(state.device)
 
     def measure(some: Sequence[Any]) -> list[Row]:
         rows = subject.loaded.measure(model, some, how, title)
-        if subject.adapter:
+        if subject.adapter and fluency:
             with adapters.serving(model, ()) as base:
                 subject.loaded.score_generated(base, some, rows, how, title)
         return rows
 
     rows = chunks.measured(examples, chunks.BATCHES * how.batch_size, place / TABLES, about, measure)
-    if not subject.adapter and subject.recipe.model.path is not None and state.num_processes == 1:
-        del model, subject.__dict__["loaded"]  # one model in memory at a time
+    if fluency and not subject.adapter and subject.recipe.model.path is not None and state.num_processes == 1:
+        del model
+        subject.release()  # one model in memory at a time
         base = load_of(subject.recipe, subject.texts)
         base.score_generated(base.to(state.device), examples, rows, how, "reading answers with the base model")
     return rows
-
-
-def _record(
-    name: str,
-    tables: Mapping[str, Sequence[Row]],
-    reference: Tables | None,
-    about: Any,
-    recipe: Recipe,
-    state: PartialState,
-) -> dict[str, Any]:
-    found = results([name], tables, reference)
-    return {
-        "schema": SCHEMA,
-        "suite": name,
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "measured": digest(about),
-        "settings": about["settings"],
-        "groups": {group: {"examples": len(tables[group]), **entry} for group, entry in found["groups"].items()},
-        "suites": found["suites"],
-        "versions": versions(recipe.family),
-        "hardware": hardware(state.device.type, state.num_processes),
-    }

@@ -18,11 +18,11 @@ from hf_clmul.hashes import digest, file_hashes
 from hf_clmul.paths import atomic_write, explained_writes, recover_folder
 from hf_clmul.recipe.load import dump_recipe, load_recipe
 from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.results_schema import COMPLETE, read_record, read_stage
 
 if TYPE_CHECKING:  # it imports what is heavy
     from hf_clmul.plan.steps import Job, Step
 
-COMPLETE = "complete"
 TRAINED = "training.json"
 LOCK, HOLDER = "run.lock", "run.holder"
 """The lock of a run folder, which the system takes back from a killed process, and the name of who holds it."""
@@ -56,7 +56,7 @@ class RunFolder:
 
     def result(self, step: "Step | None") -> dict[str, Any] | None:
         """The stage's record, or None while it is unfinished."""
-        return _read(self.stage(step) / "result.json")
+        return read_stage(self.stage(step) / "result.json")
 
     def trained(self, step: "Step", job: "Job") -> dict[str, Any] | None:
         """What is known of a training, or None while it goes on, or once its state was removed."""
@@ -64,7 +64,7 @@ class RunFolder:
 
     def finished(self, recipe_sha256: str) -> dict[str, Any] | None:
         """The results record if this very recipe was carried out to its end, else None."""
-        results = _read(self.results)
+        results = read_record(self.root) if self.results.is_file() else None
         done = results is not None and results["status"] == COMPLETE and self.model.is_dir()
         return results if done and results["recipe_sha256"] == recipe_sha256 else None
 

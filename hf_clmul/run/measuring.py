@@ -1,5 +1,8 @@
 """How a recipe's models are measured: the same way at every stage, and in the audit. Knows recipes; no models."""
 
+from dataclasses import asdict
+from typing import Any
+
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.recipe.schema import Images, Recipe
 from hf_clmul.training_args import ClmulConfig
@@ -16,4 +19,12 @@ def measuring(recipe: Recipe) -> Measuring | Images:
         recipe.evaluation.max_new_tokens,
         all(training.get("bf16", False) for training in trainings),
         None if None in lengths else max(lengths),
+        recipe.evaluation.gradient_norms,
     )
+
+
+def plain(how: Measuring | Images) -> dict[str, Any]:
+    """What a digest of it is made from. What is not asked for leaves no trace, so that older digests stay what they are."""
+    if isinstance(how, Images):
+        return how.model_dump()
+    return {name: value for name, value in asdict(how).items() if (name, value) != ("gradient_norms", False)}

@@ -2,7 +2,6 @@
 is, what it depends on, and where it lies once it was trained. It knows recipes, plans and folders; models only by their files."""
 
 import io
-import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
@@ -12,7 +11,9 @@ from typing import Any
 from hf_clmul import __version__
 from hf_clmul.data.encoding import example_format
 from hf_clmul.data.sources import Example, content, load_examples, select, shown
-from hf_clmul.errors import RecipeError
+from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation import OF_NO_GROUP
+from hf_clmul.evaluation.options import Evaluation
 from hf_clmul.hashes import digest, file_hash
 from hf_clmul.models.diffusion.sources import BUILTIN, DIGITS
 from hf_clmul.objectives import TERMS
@@ -27,12 +28,12 @@ from hf_clmul.report.claims import EXACT
 from hf_clmul.run.folder import COMPLETE, settings
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.results import MORE_PACKAGES
+from hf_clmul.run.results_schema import read_record
 
 log = logging.getLogger(__name__)
 
 SEED = 1000
 """Of a reference, where none is asked for: it must differ from the run in everything but the data."""
-SCHEMA = 1
 PACKAGES = ("torch", "transformers", "peft")
 FORGOTTEN = "forgotten"
 SHOWS = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", "eval_", "project")
@@ -106,13 +107,12 @@ def found_reference(recipe: Recipe) -> Path | None:
 
 def is_complete(place: Path) -> bool:
     """Whether a run was carried out there to its end."""
-    try:
-        results = json.loads((place / "results.json").read_text("utf-8"))
-        return results["status"] == COMPLETE and results["schema"] == SCHEMA and (place / "model").is_dir()
-    except FileNotFoundError:
+    if not (place / "results.json").is_file():
         return False
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s holds no record of a run that can be read (%r): delete the folder", place, error)
+    try:
+        return read_record(place)["status"] == COMPLETE and (place / "model").is_dir()
+    except RunError as error:
+        log.warning("%s: no reference is read from there, delete the folder: %s", place, error)
         return False
 
 
@@ -329,12 +329,20 @@ def _key(recipe: Recipe) -> str:
     shown_steps = as_measured(bare, steps)
     whole = groups(bare, shown_steps)
     text = texts({**whole, "forget": rows}) if recipe.model.scratch is not None else []
-    shown_only = {**dict.fromkeys(("reference", "samples", "score", "forget", "held_out"), True), "images": {"shown"}}
     packages = (*PACKAGES, *MORE_PACKAGES[recipe.family])
     return digest([
         _model_files(derived.model), text, settings(bare, steps, steps[-1]), rows, evaluated(bare, shown_steps, whole).plain(),
-        bare.evaluation.model_dump(exclude=shown_only), {"hf_clmul": __version__, **{name: version(name) for name in packages}},
+        _measured_by(bare.evaluation), {"hf_clmul": __version__, **{name: version(name) for name in packages}},
     ])[:16]  # fmt: skip
+
+
+def _measured_by(evaluation: Evaluation) -> dict[str, Any]:
+    """What decides the figures and the rows of a reference. Suites of no group read the rows that there are, and what is not asked
+    for leaves no trace: references that were trained before it could be asked for are found."""
+    left_out = ("reference", "samples", "score", "forget", "held_out", "lm_eval")
+    more = () if evaluation.gradient_norms else ("gradient_norms",)
+    found = evaluation.model_dump(exclude={**dict.fromkeys((*left_out, *more), True), "images": {"shown"}})
+    return {**found, "suites": [name for name in evaluation.suites if name not in OF_NO_GROUP]}
 
 
 def _bare(derived: Recipe) -> Recipe:

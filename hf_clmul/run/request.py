@@ -2,7 +2,7 @@
 Knows the trainer and the run folder; nothing of evaluation, export or reports."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ class Run:
     loaded: Loaded
     model: Any
     reference: dict[str, Any] | None = None  # what the record shows of it, of the main process
+    reference_rows: Mapping[str, Sequence[Mapping[str, Any]]] | None = None  # by group, of the main process
     ledger: RunLedger | None = None  # of the main process
     encoded: dict[tuple[int, int | None], Encoded] = field(default_factory=dict)
     carried: Carried = field(default_factory=Carried)

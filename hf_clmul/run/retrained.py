@@ -1,7 +1,6 @@
 """References as run folders: making them, once, and reading them: figures over seeds for the results record, rows of single examples
 for what pairs them. Knows run folders and the plan's groups; nothing of models."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from hf_clmul.recipe.sources import AUTO
 from hf_clmul.run.folder import COMPLETE
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.reference import (
-    SCHEMA,
     default_seed,
     fingerprint,
     found_references,
@@ -29,6 +27,7 @@ from hf_clmul.run.reference import (
     references_folder,
 )
 from hf_clmul.run.results import reference_of
+from hf_clmul.run.results_schema import read_record
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +57,7 @@ def reference_rows(folder: Path) -> dict[str, list[Row]]:
     """The rows of single examples after the last request of a reference, by group. Raises RunError for a folder that is no complete
     run, or of another version."""
     _record(folder)
-    try:
-        return examples(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"{folder}: the rows of its last stage cannot be read ({error!r}). Delete the folder and train it again with "
-            "`hf-clmul reference`."
-        ) from error
+    return examples(folder)
 
 
 def reference_figures(folders: Sequence[Path], chosen: Evaluated) -> dict[str, Any]:
@@ -87,35 +80,34 @@ def reference_figures(folders: Sequence[Path], chosen: Evaluated) -> dict[str, A
 
 
 def reference_for(recipe: Recipe, chosen: Evaluated) -> dict[str, Any] | None:
-    """What the results record shows of the reference: the file or the run folder that `evaluation.reference` names, else what was
-    trained by `hf-clmul reference`; None if nothing was.
+    """What the results record shows of the reference; see `references`."""
+    return references(recipe, chosen)[0]
+
+
+def references(recipe: Recipe, chosen: Evaluated) -> tuple[dict[str, Any] | None, dict[str, list[Row]] | None]:
+    """Figures of the reference for the results record, and its rows for suites that compare single examples: of the file or
+    the run folder that `evaluation.reference` names, else of what was trained by `hf-clmul reference` (rows: its first seed).
+    None if nothing was; a file has no rows.
 
     Raises RecipeError for a file that cannot be used, RunError for such a folder.
     """
     named = recipe.evaluation.reference
     if named is not None and named != AUTO and not Path(named).is_dir():
-        return reference_of(recipe)
+        return reference_of(recipe), None
     folders = found_references(recipe)
-    return reference_figures(folders, chosen) if folders else None
+    if not folders:
+        return None, None
+    return reference_figures(folders, chosen), reference_rows(folders[0]) if recipe.family == "causal_lm" else None
 
 
 def _record(folder: Path) -> dict[str, Any]:
     """The record of a complete run. Raises RunError for anything else."""
     again = "Train it with `hf-clmul reference`, which continues what was stopped, or set `evaluation.reference: null`."
-    try:
-        record = json.loads((folder / "results.json").read_text("utf-8"))
-        schema, status, _ = record["schema"], record["status"], record["stages"][-1]["groups"]
-    except FileNotFoundError:
-        raise RunError(f"{folder} is no reference: there is no results.json in it. {again}") from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise RunError(f"{folder}/results.json cannot be read as the record of a run ({error!r}). {again}") from error
-    if schema != SCHEMA:
-        raise RunError(
-            f"{folder}/results.json has schema {schema!r}, and this version of hf_clmul reads {SCHEMA}: train the reference again "
-            "with this version, or use the version that made it."
-        )
-    if status != COMPLETE:
-        raise RunError(f"{folder}: the reference was not trained to its end (status {status!r}). {again}")
+    if not (folder / "results.json").is_file():
+        raise RunError(f"{folder} is no reference: there is no results.json in it. {again}")
+    record = read_record(folder, f"Train the reference again with this version, or use the one that made it. {again}")
+    if record["status"] != COMPLETE or not record["stages"]:
+        raise RunError(f"{folder}: the reference was not trained to its end (status {record['status']!r}). {again}")
     return record
 
 

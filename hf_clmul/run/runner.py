@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from peft import PeftModel
 
 from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.comparison import examples
 from hf_clmul.evaluation.stream import stream_metrics, stream_record
-from hf_clmul.evaluation.suites import Measuring
+from hf_clmul.evaluation.suite_table import Tables
 from hf_clmul.families.loaders import load_of
 from hf_clmul.hashes import digest
 from hf_clmul.ledger import chain as ledger
@@ -28,7 +28,7 @@ from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained
 from hf_clmul.plan.notes import notes
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import dump_recipe
-from hf_clmul.recipe.schema import Images, Recipe, Unlearn
+from hf_clmul.recipe.schema import Recipe, Unlearn
 from hf_clmul.recipe.streams import BASE
 from hf_clmul.report.claims import EXACT, FILTER
 from hf_clmul.report.model_card import model_card
@@ -40,11 +40,11 @@ from hf_clmul.run.export import REPORT, Wanted, export
 from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run.ledger import RunLedger, check_ledger
 from hf_clmul.run.log import quiet_libraries
-from hf_clmul.run.measuring import measuring
+from hf_clmul.run.measuring import measuring, plain
 from hf_clmul.run.request import Run, carry_out, draw_pictures, on_main_first, prepare, superseded, try_first
 from hf_clmul.run.results import hardware, record, shared, versions
-from hf_clmul.run.retrained import reference_for
-from hf_clmul.run.stages import measure_stage
+from hf_clmul.run.retrained import references
+from hf_clmul.run.stages import compared, further_suites, measure_stage
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +69,20 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         whole = groups(recipe, shown(recipe, steps))
         chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring(recipe)
         named = [load_examples(recipe.data[name], name) for name in untrained(recipe).values()]
-        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, _plain(how), named])
-        found: list[dict[str, Any] | None] = []  # of the main process
-        on_main_first(state, lambda: (found.append(reference_for(recipe, chosen)), held.enter_context(folder.locked())))
-        reference = found[0] if found else None
+        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, plain(how), named])
+        found: list[Any] = []  # of the main process
+        on_main_first(state, lambda: (found.extend(references(recipe, chosen)), held.enter_context(folder.locked())))
+        reference, others = found or (None, None)
         on_main_first(state, lambda: (check_ledger(folder), folder.check(recipe, steps, measured)))
         sha256 = recipe_sha256(recipe)
         if folder.finished(sha256) is None:
             with state.main_process_first():  # one process converts a GGUF file, the others find it in the cache
                 loaded = load_of(recipe, texts(whole))
             model = loaded.to(state.device)
-            _execute(Run(recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference), began)
+            of_run = recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference, others
+            _execute(Run(*of_run), began)
             del model, loaded  # the audit loads its own, one at a time
-        on_main_first(state, lambda: _refer(folder, reference))
+        on_main_first(state, lambda: _refer(recipe, folder, reference, others))
         on_main_first(state, lambda: _audited(recipe, folder, steps, state))
         on_main_first(state, lambda: close(recipe, folder, steps))
     return folder.report
@@ -187,11 +188,15 @@ def _finish(run: Run, began: float) -> None:
     _write_json(run.folder.results, whole)
 
 
-def _refer(folder: RunFolder, reference: dict[str, Any] | None) -> None:
-    """Puts beside a complete run a reference that was trained since. The card in `model/` stays as it was exported."""
+def _refer(recipe: Recipe, folder: RunFolder, reference: dict[str, Any] | None, others: Tables | None) -> None:
+    """Puts beside a complete run a reference that was trained since, and what suites say with its rows `others`. The card in
+    `model/` stays as it was exported."""
     results = json.loads(folder.results.read_text("utf-8"))
     if reference is not None and results["reference"] != reference:
-        _write_json(folder.results, {**results, "reference": reference})
+        stages = results["stages"]
+        if others is not None and further_suites(recipe):
+            stages = [compared(recipe, stage, examples(folder.root, stage["stage"]), others) for stage in stages]
+        _write_json(folder.results, {**results, "stages": stages, "reference": reference})
         folder.report.unlink(missing_ok=True)
 
 
@@ -256,7 +261,3 @@ def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
     return Wanted(
         tuple(adapters.TASK + part for part in parts), named, bool(parts) and (recipe.export.merge or bool(erases))
     )
-
-
-def _plain(how: Measuring | Images) -> dict[str, Any]:
-    return how.model_dump() if isinstance(how, Images) else asdict(how)

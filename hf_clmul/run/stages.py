@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from hf_clmul.evaluation.suite_table import SUITE_FUNCTIONS, merged, results
+from hf_clmul.evaluation.suite_table import SUITE_FUNCTIONS, Tables, blank, merged, results
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.hashes import digest
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.plan.steps import Step
+from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
 from hf_clmul.run.request import Run
 
@@ -75,13 +76,27 @@ def _measure(run: Run, names: Sequence[str], title: str, examples: Sequence[Row]
 
 def _add_suites(run: Run, groups: dict[str, Any], rows: Mapping[str, Row]) -> dict[str, Any]:
     """Puts the values of further suites into the groups; returns those that are of no single group."""
-    suites = [name for name in run.recipe.evaluation.suites if name in SUITE_FUNCTIONS and name != "basic"]
     tables = {name: [rows[key] for key in map(run.evaluated.key, texts) if key in rows]
               for name, texts in run.evaluated.groups.items()}  # fmt: skip
-    found = results(suites, tables)
+    found = results(further_suites(run.recipe), tables, run.reference_rows)
     for group, entry in found["groups"].items():
         groups[group] = merged(groups[group], entry)
     return found["suites"]
+
+
+def further_suites(recipe: Recipe) -> list[str]:
+    """Those of tables beyond `basic`, which every stage has."""
+    return [name for name in recipe.evaluation.suites if name in SUITE_FUNCTIONS and name != "basic"]
+
+
+def compared(recipe: Recipe, stage: Mapping[str, Any], tables: Tables, reference: Tables | None) -> dict[str, Any]:
+    """The record of a stage with what its suites say now that there is a reference. A number that is there stays where none
+    can be computed any more, as of texts that were blanked since."""
+    found = results(further_suites(recipe), tables, reference)["suites"]
+    before = stage.get("suites", {})
+    return {
+        **stage, "suites": {**before, **{name: merged(before.get(name, blank()), entry) for name, entry in found.items()}}
+    }  # fmt: skip
 
 
 def _served(run: Run, step: Step | None, texts: Sequence[str]) -> dict[tuple[str, ...], list[str]]:
