@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.audit.attacks import ATTACKS
 from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.ledger.scan_redact import redact
 from hf_clmul.run import audit as auditing
@@ -84,13 +85,13 @@ def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
 
 
 def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finished):
-    with patch.dict(auditing.ATTACKS), pytest.raises(KeyboardInterrupt):
+    with patch.dict(ATTACKS), pytest.raises(KeyboardInterrupt):
 
         def stopped(*args: Any, **options: Any) -> Any:
             raise KeyboardInterrupt
 
-        auditing.ATTACKS["relearn"] = type(auditing.ATTACKS["relearn"])(stopped, "weights", "causal_lm", "-", "stops")
-        with patch.object(auditing, "attack_parameters", lambda name: {}):
+        ATTACKS["relearn"] = type(ATTACKS["relearn"])(stopped, "weights", "causal_lm", "-", "stops")
+        with patch.object(auditing, "attack_parameters", lambda name, family: {}):
             opened(run, ["quantize", "relearn"])
     assert read_audit(run) is None
     record, seen = opened(run, ["quantize", "relearn"], None, QUICK)

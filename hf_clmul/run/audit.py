@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters, attacks_of
+from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.evaluation.audit.kept import REFERENCE, RUN, Attacked, read_kept, write_kept
 from hf_clmul.evaluation.audit.merging import compared, merged
 from hf_clmul.evaluation.audit.protocol import Absent, Point, Subject
@@ -96,7 +96,7 @@ def audit(
     with tqdm(total=(1 + len(attacks)) * len(models), desc="audit", unit="attack") as bar:
         for name, options in {BEFORE: {}, **attacks}.items():
             found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", bar)
-    record = _record(recipe, own, other, missing, attacks, found, state)
+    record = _record(recipe, ready, own, other, missing, attacks, found, state)
     _write(folder, record)
     return record
 
@@ -116,21 +116,29 @@ def _sides(
         side = RUN if model.is_run else REFERENCE
         bar.set_postfix_str(f"{name}, {model.name}")
         key = digest(
-            [SCHEMA, name, _parameters(name, options), recipe.seed, model.sha256, vars(ready.data), ready.about]
+            [
+                SCHEMA,
+                name,
+                _parameters(name, recipe.family, options),
+                recipe.seed,
+                model.sha256,
+                vars(ready.data),
+                ready.about,
+            ]
         )
         if side in before and before[side].key == key:
             sides[side] = before[side]
         else:
             subject = ready.open(model.folder, model.is_run)
-            sides[side] = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
+            sides[side] = _attacked(key, _attack(name, recipe.family), subject, ready, recipe.seed, options)
             del subject
             write_kept(file, {**before, **sides})
         bar.update()
     return sides
 
 
-def _attack(name: str) -> Callable[..., Any]:
-    return _untouched if name == BEFORE else ATTACKS[name].function
+def _attack(name: str, family: str) -> Callable[..., Any]:
+    return _untouched if name == BEFORE else attacks_of(family)[name].function
 
 
 def _untouched(subject: Subject, data: Any, seed: int) -> list[Point]:
@@ -154,12 +162,12 @@ def _attacked(
 
 
 def _record(
-    recipe: Recipe, own: Model, other: Model | None, missing: str | None, attacks: Mapping[str, Mapping[str, Any]],
+    recipe: Recipe, ready: Prepared, own: Model, other: Model | None, missing: str | None, attacks: Mapping[str, Mapping[str, Any]],
     found: Mapping[str, Mapping[str, Attacked]], state: PartialState,
 ) -> dict[str, Any]:  # fmt: skip
     first = found[BEFORE]
     start = compared(first[RUN].points[0], first[REFERENCE].points[0] if REFERENCE in first else None, recipe.seed)
-    entries = [_entry(name, options, found[name], recipe.seed) for name, options in attacks.items()]
+    entries = [_entry(recipe, ready, name, options, found[name]) for name, options in attacks.items()]
     return {
         "schema": SCHEMA,
         "run": own.folder.parent.resolve().name,
@@ -177,26 +185,28 @@ def _record(
     }
 
 
-def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked], seed: int) -> dict[str, Any]:
-    run, other, known = sides[RUN], sides.get(REFERENCE), ATTACKS[name]
+def _entry(
+    recipe: Recipe, ready: Prepared, name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked]
+) -> dict[str, Any]:
+    run, other, known = sides[RUN], sides.get(REFERENCE), attacks_of(recipe.family)[name]
     return {
         "attack": name,
         "changes": known.changes,
-        "summary": known.summary,
-        "parameters": _parameters(name, options),
+        "summary": known.summary + ready.notes.get(name, ""),
+        "parameters": _parameters(name, recipe.family, options),
         "seconds": run.seconds,
         "reference_seconds": None if other is None else other.seconds,
         "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
         "absent": run.absent,
         "reference_absent": None if other is None else other.absent,
-        "points": merged(run.points, None if other is None else other.points, seed),
+        "points": merged(run.points, None if other is None else other.points, recipe.seed),
     }
 
 
-def _parameters(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(name: str, family: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options as plain data, defaults filled in."""
-    defaults = {} if name == BEFORE else {key: default for key, (_, default) in attack_parameters(name).items()}
-    return json.loads(json.dumps({**defaults, **options}))
+    known = {} if name == BEFORE else attack_parameters(name, family)
+    return json.loads(json.dumps({**{key: default for key, (_, default) in known.items()}, **options}))
 
 
 def _write(folder: RunFolder, record: dict[str, Any]) -> None:

@@ -11,7 +11,11 @@ WORDS = {
     "extraction_strength": "extraction strength",
     "exact_memorization": "exact memorization",
     "min_k_auc": "min-k AUC",
+    "still_drawn": "share of pictures in which it is still drawn",
+    "unlearning_accuracy": "UA",
 }
+FALLING = {"unlearning_accuracy": "still_drawn"}
+"""Metrics that fall when something comes back, and the one that says the same and rises: where both are there, sentences tell that."""
 
 
 def verdict(before: Mapping[str, Any], attacks: Sequence[Record], reference_missing: str | None) -> list[str]:
@@ -28,17 +32,40 @@ def verdict(before: Mapping[str, Any], attacks: Sequence[Record], reference_miss
 
 
 def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
-    """{metric: the point where it rose most}, of metrics that rose so far that the interval lies above that from before.
+    """{metric: the point where it rose most}, of metrics that rose so far that the interval lies above that from before; those of
+    FALLING fell as far.
 
     Where the reference met the same attack, its distance has to have grown likewise: what the attack itself teaches came back
     nowhere.
     """
     found: dict[str, Record] = {}
     for metric, start in _start(attack, before).items():
-        points = [p for p in attack["points"] if metric in p["metrics"] and _is_back(start, p["metrics"][metric])]
-        if points:
-            found[metric] = max(points, key=lambda point: _rise(start, point["metrics"][metric]))
+        turned = [
+            (point, _rising(metric, point["metrics"][metric]))
+            for point in attack["points"]
+            if metric in point["metrics"]
+        ]
+        from_ = _rising(metric, start)
+        back = [(point, now) for point, now in turned if _is_back(from_, now)]
+        if back:
+            found[metric] = max(back, key=lambda pair: _rise(from_, pair[1]))[0]
     return found
+
+
+def _rising(metric: str, entry: Record) -> Record:
+    """The entry, or of a metric that falls when something comes back its mirror image; a gap is a distance in both."""
+    if metric not in FALLING:
+        return entry
+    return {**entry, **{part: _mirrored(entry[part]) for part in ("run", "reference")}}
+
+
+def _mirrored(estimate: Record | None) -> Record | None:
+    if estimate is None:
+        return None
+    low, high = estimate["low"], estimate["high"]
+    return {
+        **estimate, "value": -estimate["value"], "low": None if high is None else -high, "high": None if low is None else -low,
+    }  # fmt: skip
 
 
 def _is_back(start: Record, now: Record) -> bool:
@@ -58,6 +85,14 @@ def _rise(start: Record, now: Record) -> float:
     """How far it came from where it was: in distance to the reference where that is known."""
     part = "gap" if now["gap"] is not None and start["gap"] is not None else "run"
     return now[part]["value"] - start[part]["value"]
+
+
+def _risen(metric: str, start: Record, now: Record) -> float:
+    return _rise(_rising(metric, start), _rising(metric, now))
+
+
+def _noun(metric: str) -> str:
+    return "fall" if metric in FALLING else "rise"
 
 
 def _start(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -93,19 +128,22 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     if not after:
         yield f"{name}: nothing was measured after it."
         return
-    for metric, point in back.items():
-        yield f"{name}: {word(metric)} came back: {_change(metric, start, point)}."
-    others = [metric for metric in start if metric not in back and any(metric in p["metrics"] for p in after)]
+    said = [metric for metric in start if FALLING.get(metric) not in start]
+    for metric in (metric for metric in said if metric in back):
+        how = "fell, so that it came back" if metric in FALLING else "came back"
+        yield f"{name}: {word(metric)} {how}: {_change(metric, start, back[metric])}."
+    others = [metric for metric in said if metric not in back and any(metric in p["metrics"] for p in after)]
     if others and not back:
-        metric, point = max(
-            ((m, p) for m in others for p in after if m in p["metrics"]),
-            key=lambda found: _rise(start[found[0]], found[1]["metrics"][found[0]]),
+        rise, metric, point = max(
+            ((_risen(m, start[m], p["metrics"][m]), m, p) for m in others for p in after if m in p["metrics"]),
+            key=lambda found: found[0],
         )
-        if _rise(start[metric], point["metrics"][metric]) > 0:
+        if rise > 0:
             most = _change(metric, start, point, named=True)
-            yield f"{name}: no metric rose so far that its intervals are apart; the largest rise is in {most}."
+            changed = "changed" if metric in FALLING else "rose"
+            yield f"{name}: no metric {changed} so far that its intervals are apart; the largest {_noun(metric)} is in {most}."
         else:
-            yield f"{name}: no metric rose."
+            yield f"{name}: no metric {'fell' if metric in FALLING else 'rose'}."
     elif others:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
     own = [metric for metric in after[-1]["metrics"] if metric not in start]
