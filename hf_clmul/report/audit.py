@@ -107,8 +107,14 @@ def _samples(points: Iterable[Record]) -> list[tuple[str, str, str, str]]:
     if not points:
         return []
     first, last = points[0]["samples"], points[-1]["samples"]
-    before = {sample["answer"]: sample["generated"] for sample in first}
+    same = {(sample["question"], sample["answer"]): sample["generated"] for sample in first}
+    meant = {sample["answer"]: sample["generated"] for sample in first}  # an attack may ask otherwise
     return [
-        (sample["question"], sample["answer"], before.get(sample["answer"], DASH), sample["generated"])
+        (
+            sample["question"],
+            sample["answer"],
+            same.get((sample["question"], sample["answer"]), meant.get(sample["answer"], DASH)),
+            sample["generated"],
+        )
         for sample in last
     ]
