@@ -65,7 +65,11 @@ def made(tmp_path_factory):
     drawn = "{path: generated, prompts: [{caption: a cat, kind: cat}], images_per_prompt: 2, steps: 2}"
     text = RECIPE.replace(", a bird]", "]").replace("{per_prompt: 1, steps: 2}", JUDGE.replace("1", "4"))
     real = text.replace(drawn, pictures_of_a_cat(found))
-    texts = {"real": real, "drawn": text, "lora": real.replace("data:\n", "adapter: {r: 2, alpha: 2}\ndata:\n")}
+    texts = {
+        "real": real,
+        "drawn": text,
+        "lora": real.replace("data:\n", "adapter: {r: 2, alpha: 2}\nexport: {merge: false}\ndata:\n"),
+    }
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_CLMUL_CACHE", str(found / "cache"))
         patched.chdir(found)
@@ -113,13 +117,13 @@ def test_a_run_and_its_reference_meet_all_attacks(runs, made):
 
 def test_a_run_without_pictures_is_attacked_with_what_the_unmodified_model_draws(runs, monkeypatch):
     root = runs("drawn")
-    record = audit_run(root, ["relearn", "quantize"], None, QUICK)
+    record = audit_run(root, ["relearn", "quantize"], None, QUICK[:2])
     quantized, relearned = record["attacks"]
     assert relearned["summary"].endswith(", which the unmodified model drew: the run has none of its own")
     assert "drew" not in quantized["summary"]
     monkeypatch.setattr(Judge, "bright", 2.0)  # no picture is of a cat
     shutil.rmtree(root / "audit")
-    (blind,) = audit_run(root, ["relearn"], None, QUICK)["attacks"]
+    (blind,) = audit_run(root, ["relearn"], None, QUICK[:2])["attacks"]
     assert "no pictures of cat" in blind["absent"] and blind["points"] == []
 
 
@@ -138,7 +142,7 @@ def test_a_lora_is_merged_into_its_base(runs, made):
         assert torch.allclose(merged.unet(*given).sample, alive, atol=1e-6)
         base.unet.disable_lora()
         assert not torch.allclose(base.unet(*given).sample, alive, atol=1e-6)
-    record = audit_run(runs("lora"), ["quantize"], None, QUICK)
+    record = audit_run(runs("lora"), ["quantize"])
     assert record["attacks"][0]["points"][-1]["label"] == "nf4"
     with pytest.raises(RunError, match=r"holds no pipeline: there is neither model_index\.json nor pytorch_lora"):
         audit_run(runs("real"), ["quantize"], made / "cats")
