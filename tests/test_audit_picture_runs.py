@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from small_run import events
 from test_audit_record import attack, entry
@@ -23,6 +24,7 @@ from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.evaluation.audit.verdict import came_back, verdict
 from hf_clmul.evaluation.images import classifiers
 from hf_clmul.families import pipeline as family
+from hf_clmul.models.diffusion.lora_files import save_lora
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.report.audit import attack_tables
 from hf_clmul.run import audit as auditing
@@ -58,18 +60,14 @@ def pictures_of_a_cat(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Finished runs by name: of real pictures, of ones that the model draws, and of a LoRA."""
+    """Finished runs by name: of real pictures, and of ones that the model draws."""
     found = tmp_path_factory.mktemp("runs")
     (found / "judge").mkdir()
     stable_diffusion().save_pretrained(found / "pipeline")
     drawn = "{path: generated, prompts: [{caption: a cat, kind: cat}], images_per_prompt: 2, steps: 2}"
     text = RECIPE.replace(", a bird]", "]").replace("{per_prompt: 1, steps: 2}", JUDGE.replace("1", "4"))
     real = text.replace(drawn, pictures_of_a_cat(found))
-    texts = {
-        "real": real,
-        "drawn": text,
-        "lora": real.replace("data:\n", "adapter: {r: 2, alpha: 2}\nexport: {merge: false}\ndata:\n"),
-    }
+    texts = {"real": real, "drawn": text}
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("HF_CLMUL_CACHE", str(found / "cache"))
         patched.chdir(found)
@@ -127,23 +125,23 @@ def test_a_run_without_pictures_is_attacked_with_what_the_unmodified_model_draws
     assert "no pictures of cat" in blind["absent"] and blind["points"] == []
 
 
-def test_a_lora_is_merged_into_its_base(runs, made):
-    recipe = load_recipe("lora.yaml")
-    folder = made / "lora" / "model"
-    assert not (folder / "model_index.json").exists()
-    merged, base = opened(folder, recipe), stable_diffusion()
+def test_a_lora_is_merged_into_its_base(runs, made, tmp_path):
+    folder, base = tmp_path / "adapter", stable_diffusion()
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        given = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 24, 16)
+        with torch.no_grad():
+            plain = base.unet(*given).sample
+            adapted = get_peft_model(base.unet, lora)
+            alive = adapted(*given).sample
+    save_lora(type(base), folder, adapted, "default")
+    merged = opened(folder, load_recipe("real.yaml"))
     assert not any("lora" in name for name, _ in merged.unet.named_modules())
-    assert merged.unet.state_dict().keys() == base.unet.state_dict().keys()
-    torch.manual_seed(0)
-    given = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 24, 16)
+    assert merged.unet.state_dict().keys() == stable_diffusion().unet.state_dict().keys()
     with torch.no_grad():
-        base.load_lora_weights(str(folder))
-        alive = base.unet(*given).sample
-        assert torch.allclose(merged.unet(*given).sample, alive, atol=1e-6)
-        base.unet.disable_lora()
-        assert not torch.allclose(base.unet(*given).sample, alive, atol=1e-6)
-    record = audit_run(runs("lora"), ["quantize"])
-    assert record["attacks"][0]["points"][-1]["label"] == "nf4"
+        found = merged.unet(*given).sample
+    assert torch.allclose(found, alive, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
     with pytest.raises(RunError, match=r"holds no pipeline: there is neither model_index\.json nor pytorch_lora"):
         audit_run(runs("real"), ["quantize"], made / "cats")
 
