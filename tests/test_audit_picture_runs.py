@@ -204,6 +204,12 @@ def test_it_did_not_come_back_where_ua_rises():
     assert verdict(BACK, [gone], "none")[1] == "relearn: no metric rose."
 
 
+def test_a_gap_that_only_the_reference_widens_is_no_rise():
+    same, nothing = (0.0, 0.0, 0.0), {"still_drawn": entry((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))}
+    after = {"still_drawn": entry(same, (0.1, 0.0, 0.2), (0.1, 0.0, 0.2))}
+    assert verdict(nothing, [attack(("before", nothing), ("after", after))], None)[1] == "relearn: no metric rose."
+
+
 def test_ua_alone_is_told_as_a_fall():
     before, back = ({"unlearning_accuracy": one["unlearning_accuracy"]} for one in (BEFORE, BACK))
     _, said, _ = verdict(before, [attack(("before", before), ("20 steps", back))], "none")
