@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from hf_clmul.evaluation import SUITES
-from hf_clmul.evaluation.audit.attacks import ATTACKS
+from hf_clmul.evaluation.audit.attacks import attacks_of
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import terms_of
@@ -34,8 +34,9 @@ def tables() -> Iterator[Table]:
     rules = ((name, rule.summary, rule.paper) for name, rule in CONFLICT_RULES.items())
     yield _table("conflict rules (learning.conflict, unlearning.conflict)", rules)
     yield _table("teachers (teacher)", ((name, summary, NO_PAPER) for name, summary in TEACHERS.items()))
-    attacks = ((name, entry.summary, entry.paper) for name, entry in ATTACKS.items())
-    yield _table("attacks (audit.attacks)", attacks)
+    for family, models in FAMILIES.items():
+        attacks = ((name, entry.summary, entry.paper) for name, entry in attacks_of(family).items())
+        yield _table(f"attacks on {models.partition(':')[0]} (audit.attacks)", attacks)
     yield _table("suites (evaluation.suites)", ((name, summary, NO_PAPER) for name, summary in SUITES.items()))
 
 

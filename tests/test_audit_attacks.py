@@ -12,13 +12,14 @@ from scipy.stats import norm
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
+from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
 from hf_clmul.evaluation.audit.quantization import NF4, linear_layers, quantize, rounded
 from hf_clmul.evaluation.audit.relearning import benign, measured_at, relearn, relearn_partly, unrelated
 from hf_clmul.evaluation.audit.removal import remove_adapter, remove_direction, without
 from hf_clmul.evaluation.audit.subject import TextSubject
 from hf_clmul.evaluation.suites import Measuring
+from hf_clmul.models import FAMILIES
 
 FACTS = [
     {"id": f"f{i}", "person": "AB"[i % 2], "question": f"Who is {name}?", "answer": f"{name} paints {thing}."}
@@ -231,10 +232,11 @@ def test_a_point_has_a_value_for_each_example_and_asks_as_told():
 def test_every_attack_has_options_with_defaults_that_fit_their_types():
     from hf_clmul.recipe.problems import value_problem
 
-    for name in ATTACKS:
-        for option, (annotation, default) in attack_parameters(name).items():
-            value = list(default) if isinstance(default, tuple) else default
-            assert value_problem(annotation, value) == {}, (name, option)
+    for family in FAMILIES:
+        for name in attacks_of(family):
+            for option, (annotation, default) in attack_parameters(name, family).items():
+                value = list(default) if isinstance(default, tuple) else default
+                assert value_problem(annotation, value) == {}, (name, option)
 
 
 def test_an_adapter_is_merged_unless_it_can_be_switched_off(tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.evaluation.audit.attacks import ATTACKS
 from hf_clmul.evaluation.audit.depth import unlearning_depth
 from hf_clmul.evaluation.audit.protocol import AttackEntry, Point
 from hf_clmul.evaluation.audit.record import read_audit
@@ -89,13 +90,13 @@ def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
 
 
 def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finished):
-    with patch.dict(auditing.ATTACKS), pytest.raises(KeyboardInterrupt):
+    with patch.dict(ATTACKS), pytest.raises(KeyboardInterrupt):
 
         def stopped(*args: Any, **options: Any) -> Any:
             raise KeyboardInterrupt
 
-        auditing.ATTACKS["relearn"] = type(auditing.ATTACKS["relearn"])(stopped, "weights", "causal_lm", "-", "stops")
-        with patch.object(auditing, "attack_parameters", lambda name: {}):
+        ATTACKS["relearn"] = type(ATTACKS["relearn"])(stopped, "weights", "causal_lm", "-", "stops")
+        with patch.object(auditing, "attack_parameters", lambda name, family: {}):
             opened(run, ["quantize", "relearn"])
     assert read_audit(run) is None
     record, seen = opened(run, ["quantize", "relearn"], None, QUICK)
@@ -156,7 +157,7 @@ def test_a_point_of_both_models_stands_at_the_end_of_the_run(run, finished):
 
     entry = AttackEntry(drop, "nothing", "causal_lm", "-", "drops", unlearning_depth)
     with (
-        patch.dict(auditing.ATTACKS, {"patching": entry}),
+        patch.dict(ATTACKS, {"patching": entry}),
         patch.object(auditing, "attack_parameters", lambda name: {}),
     ):
         (attack,) = audit_run(run, ["patching"], finished[1])["attacks"]

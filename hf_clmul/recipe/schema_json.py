@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from hf_clmul.evaluation import IN_RECIPES
-from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters
+from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_parameters
 from hf_clmul.models import FAMILIES, TEACHERS
 from hf_clmul.objectives import TERMS, term_parameters
@@ -61,12 +61,15 @@ def _rules() -> dict[str, Any]:
 
 
 def _attacks() -> dict[str, Any]:
-    """A table of attacks, the name of one, or null for all."""
-    properties = {
-        name: {**_values(attack_parameters(name)), "description": entry.summary} for name, entry in ATTACKS.items()
-    }
+    """A table of attacks, the name of one, or null for all. Where families have attacks of one name, the options of any of them."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for family in FAMILIES:
+        for name, entry in attacks_of(family).items():
+            one = {**_values(attack_parameters(name, family)), "description": f"{family}: {entry.summary}"}
+            found.setdefault(name, []).append(one)
+    properties = {name: each[0] if len(each) == 1 else {"anyOf": each} for name, each in found.items()}
     table = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-    return {"anyOf": [table, {"type": "string", "enum": list(ATTACKS)}]}
+    return {"anyOf": [table, {"type": "string", "enum": list(found)}]}
 
 
 def _terms(role: str) -> dict[str, Any]:

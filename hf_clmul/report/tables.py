@@ -37,6 +37,7 @@ METRICS: dict[str, tuple[str, str]] = {
         "UA",
         "unlearning accuracy: share of the pictures in which what is to be forgotten is not seen",
     ),
+    "still_drawn": ("Still drawn", "share of the pictures in which what is to be forgotten is seen: 1 minus UA"),
     "worst_unlearning_accuracy": (
         "UA, worst prompt",
         "lowest UA under one paraphrase of a concept, mean over concepts",

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.evaluation.audit.attacks import ATTACKS, attack_parameters, attacks_of
+from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.evaluation.audit.kept import (
     REFERENCE,
     RUN,
@@ -105,7 +105,7 @@ def audit(
         for name, options in {BEFORE: {}, **attacks}.items():
             start = {side: one.points[0] for side, one in found.get(BEFORE, {}).items()}
             found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", start, bar)
-    record = _record(recipe, own, other, missing, attacks, found, state)
+    record = _record(recipe, ready, own, other, missing, attacks, found, state)
     _write(folder, record)
     write_card(folder, record)
     return record
@@ -133,7 +133,7 @@ def _sides(
             known = None if model.is_run else read_cached(key)
             if known is None:
                 subject = partial(_opened, ready, model, start.get(side))
-                known = _attacked(key, _attack(name), subject, ready, recipe.seed, options)
+                known = _attacked(key, _attack(name, recipe.family), subject, ready, recipe.seed, options)
                 if not model.is_run:
                     write_cached(known)
             write_kept(file, {**before, **sides, side: known})
@@ -144,7 +144,7 @@ def _sides(
 
 def _key(recipe: Recipe, ready: Prepared, name: str, options: Mapping[str, Any], model: Model) -> str:
     """A digest of all that the figures of an attack depend on; a folder that an option names counts by its files."""
-    parameters = _parameters(name, options)
+    parameters = _parameters(name, recipe.family, options)
     folders = {option: Path(value) for option, value in parameters.items() if isinstance(value, str)}
     files = {option: file_hashes(place) for option, place in folders.items() if place.is_dir()}
     about = [vars(ready.data), ready.about, versions(recipe.family), PartialState().device.type]
@@ -166,8 +166,8 @@ def _opened(ready: Prepared, model: Model, start: Point | None) -> Subject:
     return subject
 
 
-def _attack(name: str) -> Callable[..., Any]:
-    return _untouched if name == BEFORE else ATTACKS[name].function
+def _attack(name: str, family: str) -> Callable[..., Any]:
+    return _untouched if name == BEFORE else attacks_of(family)[name].function
 
 
 def _untouched(subject: Subject, data: Any, seed: int) -> list[Point]:
@@ -197,12 +197,12 @@ def _attacked(
 
 
 def _record(
-    recipe: Recipe, own: Model, other: Model | None, missing: str | None, attacks: Mapping[str, Mapping[str, Any]],
+    recipe: Recipe, ready: Prepared, own: Model, other: Model | None, missing: str | None, attacks: Mapping[str, Mapping[str, Any]],
     found: Mapping[str, Mapping[str, Attacked]], state: PartialState,
 ) -> dict[str, Any]:  # fmt: skip
     first = found[BEFORE]
     start = compared(first[RUN].points[0], first[REFERENCE].points[0] if REFERENCE in first else None, recipe.seed)
-    entries = [_entry(name, options, found[name], recipe.seed) for name, options in attacks.items()]
+    entries = [_entry(recipe, ready, name, options, found[name]) for name, options in attacks.items()]
     return {
         "schema": SCHEMA,
         "run": own.folder.parent.resolve().name,
@@ -220,16 +220,19 @@ def _record(
     }
 
 
-def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked], seed: int) -> dict[str, Any]:
-    run, other, known = sides[RUN], sides.get(REFERENCE), ATTACKS[name]
-    points = merged(run.points, None if other is None else other.points, seed)
+def _entry(
+    recipe: Recipe, ready: Prepared, name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked]
+) -> dict[str, Any]:
+    run, other, known = sides[RUN], sides.get(REFERENCE), attacks_of(recipe.family)[name]
+    points = merged(run.points, None if other is None else other.points, recipe.seed)
     if known.both is not None and other is not None and run.points and other.points:
-        points += [point for point in merged([known.both(run.points, other.points)], None, seed) if point["metrics"]]
+        both = merged([known.both(run.points, other.points)], None, recipe.seed)
+        points += [point for point in both if point["metrics"]]
     return {
         "attack": name,
         "changes": known.changes,
-        "summary": known.summary,
-        "parameters": _parameters(name, options),
+        "summary": known.summary + ready.notes.get(name, ""),
+        "parameters": _parameters(name, recipe.family, options),
         "seconds": run.seconds,
         "reference_seconds": None if other is None else other.seconds,
         "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
@@ -239,10 +242,10 @@ def _entry(name: str, options: Mapping[str, Any], sides: Mapping[str, Attacked],
     }
 
 
-def _parameters(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(name: str, family: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All options as plain data, defaults filled in."""
-    defaults = {} if name == BEFORE else {key: default for key, (_, default) in attack_parameters(name).items()}
-    return json.loads(json.dumps({**defaults, **options}))
+    known = {} if name == BEFORE else attack_parameters(name, family)
+    return json.loads(json.dumps({**{key: default for key, (_, default) in known.items()}, **options}))
 
 
 def _write(folder: RunFolder, record: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 that tells families apart."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ SAMPLES = 3
 @dataclass(frozen=True)
 class Prepared:
     """`open(folder, is_run)` gives a fresh model, of the run or of its reference; `about` is plain data on what else its
-    figures depend on."""
+    figures depend on; `notes` are {attack: how its summary goes on}."""
 
     data: AuditData
     open: Callable[[Path, bool], Subject]
     about: dict[str, Any]
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def prepared(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
@@ -66,6 +67,12 @@ def _text(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
     return Prepared(data, open_, {**plain(how), "dtype": recipe.model.dtype, "filter": filters})
 
 
+def _pictures(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
+    from hf_clmul.run.audit_pictures import pictures_of
+
+    return Prepared(*pictures_of(recipe, steps, device))
+
+
 def _unrelated(recipe: Recipe) -> list[Example]:
     """A small built-in set that is not in the recipe."""
     named = {source.path for source in recipe.data.values()}
@@ -73,4 +80,7 @@ def _unrelated(recipe: Recipe) -> list[Example]:
     return [] if path is None else load_examples(Data(path=path), "unrelated")
 
 
-FAMILIES: dict[str, Callable[[Recipe, Sequence[Step], Any], Prepared]] = {"causal_lm": _text}
+FAMILIES: dict[str, Callable[[Recipe, Sequence[Step], Any], Prepared]] = {
+    "causal_lm": _text,
+    "diffusion": _pictures,
+}

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+from hf_clmul.evaluation.audit import picture_attacks
 from hf_clmul.evaluation.audit.depth import logit_lens, patching, unlearning_depth
 from hf_clmul.evaluation.audit.protocol import AttackEntry
 from hf_clmul.evaluation.audit.quantization import quantize
@@ -41,15 +42,26 @@ ATTACKS: dict[str, AttackEntry] = {
         patching, "nothing", "causal_lm", "arXiv 2605.24614", "puts its hidden states into the model before unlearning",
         unlearning_depth),
 }
+
+PICTURE_ATTACKS: dict[str, AttackEntry] = {
+    "quantize": AttackEntry(
+        picture_attacks.quantize, "weights", "diffusion", "arXiv 2410.16454", "rounds the weights to 8 and to 4 bits"),
+    "relearn": AttackEntry(
+        picture_attacks.relearn, "weights", "diffusion", "-", "trains the denoiser on pictures of what was forgotten"),
+    "paraphrase": AttackEntry(picture_attacks.paraphrase, "question", "diffusion", "-", "asks in other words"),
+    "inversion": AttackEntry(
+        picture_attacks.inversion, "question", "diffusion", "arXiv 2308.01508", "fits one new word to pictures of it"),
+}
 # fmt: on
 
 
 def attacks_of(family: str) -> dict[str, AttackEntry]:
-    """The attacks on models of a family."""
-    return {name: entry for name, entry in ATTACKS.items() if entry.family == family}
+    """The attacks on models of a family. An attack on texts and one on pictures may have the same name."""
+    tables = (ATTACKS, PICTURE_ATTACKS)
+    return {name: entry for table in tables for name, entry in table.items() if entry.family == family}
 
 
-def attack_parameters(name: str) -> dict[str, tuple[Any, Any]]:
+def attack_parameters(name: str, family: str = "causal_lm") -> dict[str, tuple[Any, Any]]:
     """The options of an attack, {name: (type, default)}: its function's keyword-only arguments."""
-    signature = inspect.signature(ATTACKS[name].function).parameters.values()
+    signature = inspect.signature(attacks_of(family)[name].function).parameters.values()
     return {p.name: (p.annotation, p.default) for p in signature if p.kind is p.KEYWORD_ONLY}

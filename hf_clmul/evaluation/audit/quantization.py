@@ -1,7 +1,7 @@
 """The attack by rounding: weights are stored in fewer bits, which may undo small changes that unlearning made. The rounding is a
 pure function of a weight; where there is a GPU with bitsandbytes, its own is tried beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
@@ -38,13 +38,22 @@ def quantize(
     average (Zhang et al., arXiv 2410.16454); blocks of 64 and NF4 are QLoRA's (arXiv 2305.14314). The output layer keeps
     its weights, as in bitsandbytes; with a GPU and bitsandbytes, its LLM.int8 and NF4 are measured too, by their own names.
     """
-    import torch
-
     if not hasattr(subject.model, "named_modules"):
         raise Absent("the model has no modules whose weights could be rounded")
     layers = linear_layers(subject.model)
     if not layers:
         raise Absent("the model has no linear layers")
+    yield from roundings(subject, layers, schemes, block)
+    yield from _with_bitsandbytes(subject, [scheme for scheme in schemes if scheme in BNB_LABELS])
+
+
+def roundings(
+    subject: Subject, layers: "Mapping[str, nn.Module]", schemes: Sequence[Scheme], block: int
+) -> Iterator[Point]:
+    """The subject before, and with these layers' weights rounded, each scheme from the original ones, which it has again at
+    the end."""
+    import torch
+
     yield subject.measure("before")
     kept = {name: module.weight.detach().to("cpu", copy=True) for name, module in layers.items()}
     for scheme in schemes:
@@ -55,17 +64,16 @@ def quantize(
     with torch.no_grad():
         for name, module in layers.items():
             module.weight.copy_(kept[name])
-    del kept
-    yield from _with_bitsandbytes(subject, [scheme for scheme in schemes if scheme in BNB_LABELS])
 
 
 def rounded(weight: "Tensor", scheme: Scheme, block: int = BLOCK) -> "Tensor":
-    """A weight [out, in] after it was stored in fewer bits and read back, in its own type. Blocks lie along a row; the last one
-    may be shorter. A block of zeros stays as it is."""
+    """A weight [out, in], or [out, in, h, w] of a convolution, after it was stored in fewer bits and read back, in its own type.
+    Blocks lie along all that goes into one output; the last one may be shorter. A block of zeros stays as it is."""
     import torch
 
-    rows, width = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -width % block)).reshape(rows, -1, block)
+    flat = weight.float().flatten(1)
+    rows, width = flat.shape
+    padded = torch.nn.functional.pad(flat, (0, -width % block)).reshape(rows, -1, block)
     largest = padded.abs().amax(-1, keepdim=True)
     unit = torch.where(largest > 0, padded / largest, 0.0)
     if scheme in INTEGERS:
@@ -75,7 +83,7 @@ def rounded(weight: "Tensor", scheme: Scheme, block: int = BLOCK) -> "Tensor":
         levels = torch.tensor(NF4, device=weight.device)
         between = (levels[1:] + levels[:-1]) / 2
         nearest = levels[torch.bucketize(unit, between)]
-    return (nearest * largest).reshape(rows, -1)[:, :width].to(weight.dtype)
+    return (nearest * largest).reshape(rows, -1)[:, :width].reshape(weight.shape).to(weight.dtype)
 
 
 def linear_layers(model: "nn.Module") -> "dict[str, nn.Module]":

@@ -26,7 +26,11 @@ WORDS = {
     "lens_hits": "right tokens inside",
     "lens_reciprocal_rank": "reciprocal rank inside",
     "patched_drop": "log-probability lost by patching",
+    "still_drawn": "share of pictures in which it is still drawn",
+    "unlearning_accuracy": "UA",
 }
+FALLING = ("unlearning_accuracy",)
+"""What falls when something comes back. `still_drawn` says the same and rises, so that sentences tell that one."""
 DEPTH = "unlearning_depth"
 BY_LAYER = ("lens_probability", "lens_hits", "lens_reciprocal_rank", "patched_drop")
 """Their points are layers: all are answers to the question, and the last is no later one."""
@@ -61,13 +65,27 @@ def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
     """
     found: dict[str, Record] = {}
     referenced = _referenced(before)
-    for metric, start in _start(attack, before).items():
-        points = [
-            p for p in attack["points"] if metric in p["metrics"] and _is_back(start, p["metrics"][metric], referenced)
-        ]
-        if points:
-            found[metric] = max(points, key=lambda point: _rise(start, point["metrics"][metric]))
+    for metric, entry in _start(attack, before).items():
+        start = _rising(metric, entry)
+        turned = [(p, _rising(metric, p["metrics"][metric])) for p in attack["points"] if metric in p["metrics"]]
+        back = [(point, now) for point, now in turned if _is_back(start, now, referenced)]
+        if back:
+            found[metric] = max(back, key=lambda pair: _rise(start, pair[1]))[0]
     return found
+
+
+def _rising(metric: str, entry: Record) -> Record:
+    """The entry, or of a metric that falls when something comes back its mirror image; a gap is a distance in both."""
+    return (
+        entry if metric not in FALLING else {**entry, **{side: _mirrored(entry[side]) for side in ("run", "reference")}}
+    )
+
+
+def _mirrored(estimate: Record | None) -> Record | None:
+    if estimate is None:
+        return None
+    value, low, high = (None if estimate[key] is None else -estimate[key] for key in ("value", "low", "high"))
+    return {**estimate, "value": value, "low": high, "high": low}
 
 
 def there_before(before: Mapping[str, Any]) -> list[str]:
@@ -76,7 +94,8 @@ def there_before(before: Mapping[str, Any]) -> list[str]:
     return [
         metric
         for metric, entry in before.items()
-        if (_side(entry) == "above" if entry["reference"] is not None else CEILING <= entry["run"]["value"] <= 1)
+        if metric not in FALLING
+        and (_side(entry) == "above" if entry["reference"] is not None else CEILING <= entry["run"]["value"] <= 1)
     ]
 
 
@@ -121,10 +140,12 @@ def _side(entry: Record) -> str | None:
 
 
 def _rise(start: Record, now: Record) -> float:
-    """How far it came from where it was: in distance above the reference where that is known."""
+    """How far it came from where it was: in distance above the reference where that is known, and no further than the run itself
+    rose: a gap that grew because the reference changed is nothing that came back."""
+    own = now["run"]["value"] - start["run"]["value"]
     if now["gap"] is not None and start["gap"] is not None:
-        return _over(now) - _over(start)
-    return now["run"]["value"] - start["run"]["value"]
+        return min(own, _over(now) - _over(start))
+    return own
 
 
 def _over(entry: Record) -> float:
@@ -139,14 +160,14 @@ def _start(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
     if reference_missing is not None:
-        values = ", ".join(f"{word(name)} {_number(entry['run'])}" for name, entry in before.items())
+        values = ", ".join(f"{word(name)} {_number(entry['run'])}" for name, entry in _told(before).items())
         return (
             f"There is no retrained model to compare with ({reference_missing}): how far the run is from never having seen the data "
             f"is not known. Before any attack it has on the forgotten examples: {values}."
         )
     parts = [
         f"{word(name)} {_number(entry['gap'])} ({entry['run']['value']:.2f} against {entry['reference']['value']:.2f})"
-        for name, entry in before.items()
+        for name, entry in _told(before).items()
         if entry["gap"] is not None
     ]
     if not parts:
@@ -168,7 +189,7 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     if attack["absent"] is not None:
         yield f"{name}: not tried, {attack['absent'].rstrip('.')}."
         return
-    start, back = _start(attack, before), came_back(attack, before)
+    start, back = (_told(found) for found in (_start(attack, before), came_back(attack, before)))
     after = [point for point in attack["points"] if point["label"] != "before"]
     if not after:
         yield f"{name}: nothing was measured after it."
@@ -196,9 +217,13 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no metric rose{', or none more than the retrained model' * referenced}."
     elif others:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
-    yield from _own(name, [m for m in _metrics(after) if m not in start], after, referenced)
+    yield from _own(name, [m for m in _metrics(after) if m not in start and m not in FALLING], after, referenced)
     if attack["reference_absent"] is not None:
         yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
+
+
+def _told(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {metric: value for metric, value in found.items() if metric not in FALLING}
 
 
 def _rose_alone(metric: str, start: Mapping[str, Any], after: Sequence[Record]) -> Record | None:

@@ -126,8 +126,10 @@ def descend(
     clean: Tensor,
     generator: torch.Generator,
     how: Descent,
+    after_step: Callable[[int], None] | None = None,
 ) -> Descended:
-    """Adam without weight decay, in place, on what an attack trains. `loss_of` gives the losses [B] of draws.
+    """Adam without weight decay, in place, on what an attack trains. `loss_of` gives the losses [B] of draws; `after_step` is told
+    the number of steps done.
 
     Raises RunError where no gradient reaches what is trained, and for a loss that is no number.
     """
@@ -141,6 +143,8 @@ def descend(
             for tensor, gradient in zip(trained, _gradients(loss, trained, attack), strict=True):
                 tensor.grad = gradient
             optimizer.step()
+            if after_step is not None:
+                after_step(step + 1)
         after = finite(mean_loss(loss_of, fixed, how.batch_size), attack, how.steps)
     optimizer.zero_grad(set_to_none=True)
     return Descended(before, after, found)

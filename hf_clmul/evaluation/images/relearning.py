@@ -4,9 +4,10 @@ back quickly was hidden rather than forgotten. It knows nothing of how it was un
 import copy
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,11 +55,13 @@ def relearn(
     prompts: Sequence[str],
     how: Descent,
     trained: str = ".*",
+    watch: Callable[[int, nn.Module], None] | None = None,
 ) -> Relearned:
     """`how.steps` steps on forgotten images [N, 3, H, W] in [-1, 1], each under its own prompt; the original is not touched.
 
     `trained` is a regular expression for the whole names of the parameters that the attacker trains: all of them by
-    default, whatever was trained to unlearn. Adam without weight decay, no dropout.
+    default, whatever was trained to unlearn. Adam without weight decay, no dropout. `watch` is shown the copy after each step,
+    with the number of steps done.
 
     Raises RunError if no parameter is meant, for images without prompts and for a loss that is no number.
     """
@@ -76,9 +79,14 @@ def relearn(
         return losses(denoiser, architecture, noising, clean, draws, told)
 
     with evaluating(list(denoiser.modules())):
-        done = descend("relearning", loss_of, parameters, clean, generator, how)
+        shown = None if watch is None else partial(_shown, watch, denoiser)
+        done = descend("relearning", loss_of, parameters, clean, generator, how, shown)
     seconds = time.perf_counter() - started
     return Relearned(architecture.component, denoiser, done.before, done.after, done.losses, how.steps, seconds)
+
+
+def _shown(watch: Callable[[int, nn.Module], None], denoiser: nn.Module, step: int) -> None:
+    watch(step, denoiser)
 
 
 def _attacked(denoiser: nn.Module, trained: str) -> list[nn.Parameter]:
