@@ -158,7 +158,7 @@ def test_a_point_of_both_models_stands_at_the_end_of_the_run(run, finished):
     entry = AttackEntry(drop, "nothing", "causal_lm", "-", "drops", unlearning_depth)
     with (
         patch.dict(ATTACKS, {"patching": entry}),
-        patch.object(auditing, "attack_parameters", lambda name: {}),
+        patch.object(auditing, "attack_parameters", lambda name, family: {}),
     ):
         (attack,) = audit_run(run, ["patching"], finished[1])["attacks"]
     layer, both = attack["points"]
