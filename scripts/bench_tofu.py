@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 AUDIT = {
     "relearn": ["relearn.epochs=1", "relearn.learning_rate=1e-4", "relearn.points=2"],
     "quantize": ["quantize.schemes=[int8, nf4]"],
-    "prefix": [], "paraphrase": [],
+
 }  # fmt: skip
 METRICS = {
     "answer_probability": "P", "rouge_l_recall": "ROUGE-L", "extraction_strength": "ES", "min_k_auc": "min-k AUC",
