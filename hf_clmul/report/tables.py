@@ -106,7 +106,7 @@ class MetricRow:
     values: tuple[str, ...]
     reference: str
     gap: str
-    note: str = ""
+    note: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -315,13 +315,13 @@ def _shown(entry: Mapping[str, Any], metric: str) -> str:
     return ABSENT if value is None and metric in entry.get("absent", {}) else format_value(value)
 
 
-def _note(entry: Mapping[str, Any], metric: str) -> str:
-    """Such as "0.031 to 0.211, n = 14"."""
+def _note(entry: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+    """Such as "0.031 to 0.211" and "n = 14"."""
     if entry["metrics"].get(metric) is None:
-        return ""
+        return ()
     count = entry.get("counts", {}).get(metric)
     counted = "" if count is None or count == entry.get("examples") else f"n = {count}"
-    return ", ".join(part for part in (format_interval(entry.get("intervals", {}).get(metric)), counted) if part)
+    return tuple(part for part in (format_interval(entry.get("intervals", {}).get(metric)), counted) if part)
 
 
 def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[str, ...]:
