@@ -187,7 +187,7 @@ def show(
 
 @app.command("ls")
 def list_names(debug: Debug = False) -> None:
-    """List what a recipe can name: built-in recipes, terms, penalties, conflict rules, teachers, suites."""
+    """List what a recipe can name: built-in recipes, terms, penalties, conflict rules, teachers, attacks, suites."""
     with errors_explained(debug):
         from hf_clmul.cli_tables import tables
 

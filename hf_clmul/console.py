@@ -22,11 +22,13 @@ from hf_clmul.report.tables import (
     FORGET,
     HELD_OUT,
     RETAIN,
+    GroupTable,
     group_tables,
     group_title,
     has_unlearned,
     metric_label,
     sample_groups,
+    suite_tables,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +77,11 @@ def results_table(results: Mapping[str, Any]) -> "Table":
         for row in group.rows:
             cells = [row.values[i] for i in shown] + [row.reference] * referenced
             table.add_row(Text(f"  {row.label}"), *map(Text, cells))
+    for suite in suite_tables(results):
+        table.add_section()
+        table.add_row(Text(suite.title, style="bold"))
+        for row in suite.rows:
+            table.add_row(Text(f"  {row.label}"), *(Text(row.values[i]) for i in shown))
     return table
 
 
@@ -152,6 +159,10 @@ def _heading(stage: Mapping[str, Any]) -> "Text":
     return Text(stage["title"])
 
 
+def _all_tables(results: Mapping[str, Any]) -> list[GroupTable]:
+    return [*group_tables(results), *suite_tables(results)]
+
+
 def _caption(results: Mapping[str, Any], shown: int) -> str:
     lines = []
     if shown < len(results["stages"]):
@@ -161,4 +172,5 @@ def _caption(results: Mapping[str, Any], shown: int) -> str:
         lines.append(f"Source: {results['reference']['source']}")
     elif has_unlearned(results):
         lines.append("No figures of a model retrained without the forgotten data are recorded.")
+    lines += [f"Absent in {table.title}: {told}" for table in _all_tables(results) for told in table.absent]
     return "\n".join(lines)

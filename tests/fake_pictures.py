@@ -24,6 +24,10 @@ METRICS = {
 PROMPTS = {"forget": ["a red seven", "a blue seven"], "retain": [f"a red {n}" for n in ("one", "two", "three", "four")]}
 SEEN = {"base": "8 x seven red", "00-unlearn-seven": "7 x one red, 1 x two red"}
 SEEDS = 3
+JUDGED = {
+    "classifier": "builtin:coloured_digits", "clip": None, "axis": "digit", "near": ["nine", "one"],
+    "near_from": "text embeddings", "similarity": {"nine": 0.9312, "one": 0.9101, "two": 0.8804},
+}  # fmt: skip
 
 
 def fake_pictures() -> dict[str, Any]:
@@ -46,7 +50,7 @@ def fake_pictures() -> dict[str, Any]:
         }
     results |= {
         "name": "seven", "source": "recipes/digits/seven.yaml", "command": "hf-clmul run recipes/digits/seven.yaml",
-        "reference": None,
+        "reference": None, "judged": JUDGED,
     }  # fmt: skip
     results["model"] |= {
         "family": "diffusion", "path": "builtin:coloured_digits", "pipeline": "StableDiffusionPipeline", "component": "unet",

@@ -1,13 +1,16 @@
 """The report's audit: its numbers are the record's, with and without a reference."""
 
+import pytest
 from fake_audit import estimate, fake_audit, write_fake_audit
-from fake_results import write_fake_run
+from fake_pictures import fake_pictures
+from fake_results import fake_results, write_fake_run
 from test_report import Page, cells
 
 from hf_clmul.report.audit import attack_tables, shown
 from hf_clmul.report.audit_figure import attack_figure, describe_attack, is_curve
 from hf_clmul.report.figures import DARK, LIGHT
-from hf_clmul.report.page import write_report
+from hf_clmul.report.headlines import headline
+from hf_clmul.report.page import Audit, rendered, write_report
 
 
 def test_an_estimate_shows_its_interval_and_none_is_a_dash():
@@ -57,7 +60,11 @@ def test_a_point_that_sums_up_is_no_part_of_the_curve():
     above, below = attack_figure(attack, LIGHT).axes
     assert list(above.lines[0].get_xdata()) == [0, 5, 10, 20]
     (table, *_) = attack_tables({**fake_audit(), "attacks": [attack]})
-    assert table.metrics[-1] == "Depth of unlearning" and table.rows[-1][1][-3:] == ("0.400 [0.380, 0.430]", "–", "–")
+    assert table.metrics[-1] == "Depth of unlearning" and table.rows[-1][1][-3:] == (
+        ("0.400", "0.380 to 0.430"),
+        ("–", ""),
+        ("–", ""),
+    )
 
 
 def test_labels_are_drawn_as_dots():
@@ -83,6 +90,19 @@ def test_the_page_shows_the_verdict_each_attack_and_why_one_was_not_tried(tmp_pa
     assert cells(table[5])[1] == "0.910 0.890 to 0.940"
     images = [tag for tag in page.attributes("img") if (tag["alt"] or "").startswith("Relearning what was forgotten")]
     assert len(images) == 2 and (tmp_path / "report" / "audit-relearn.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("record", "found", "other"),
+    [
+        (fake_results(), ("What it says", "True answer:", "over the examples"), "What is seen"),
+        (fake_pictures(), ("What is seen in its pictures", "In the place of:", "over the prompts"), "What it says"),
+    ],
+)
+def test_the_samples_are_called_what_they_are(record, found, other):
+    audit = Audit([(table, None) for table in attack_tables(fake_audit())], [], "")
+    text = " ".join(rendered("report_audit.html.j2", audit=audit, said=headline(record)).split())
+    assert all(part in text for part in found) and other not in text
 
 
 def test_a_run_without_an_audit_says_nothing_of_one(tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.report.tables import DASH, format_value, metric_label
+from hf_clmul.report.tables import DASH, format_interval, format_value, metric_label
 
 Record = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ def shown(estimate: Record | None) -> tuple[str, str]:
     if estimate is None:
         return DASH, ""
     value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    return format_value(value), "" if low is None or high is None else f"{format_value(low)} to {format_value(high)}"
+    return format_value(value), format_interval(None if low is None or high is None else (low, high))
 
 
 def _table(attack: Record, referenced: bool) -> AttackTable:

@@ -4,7 +4,7 @@ its figures beside it. It knows files and the page; words, tables and figures co
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from hf_clmul.report import picture_grid
 from hf_clmul.report.audit import AttackTable, attack_tables
 from hf_clmul.report.claims import claims, explained
 from hf_clmul.report.headlines import headline
+from hf_clmul.report.settings import facts, text_of
 from hf_clmul.report.stream import (
     LEGEND,
     StreamMetric,
@@ -33,15 +34,22 @@ from hf_clmul.report.tables import (
     metric_label,
     metric_meaning,
     sample_groups,
+    suite_tables,
 )
-from hf_clmul.report.words import checks, format_bytes, format_seconds, key_figures, model_name, summary
+from hf_clmul.report.words import (
+    checks,
+    format_seconds,
+    key_figures,
+    model_name,
+    near_neighbours,
+    summary,
+)
 from hf_clmul.run.results_schema import read_record
 
 _TEMPLATE = "report.html.j2"
 _DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page
 
 Record = dict[str, Any]
-Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def write_report(run: Path) -> Path:
     from hf_clmul.paths import atomic_write
 
     results = read_record(run)
-    folder = run / "report"
+    folder, tables, suites = run / "report", group_tables(results), suite_tables(results)
     page = rendered(
         _TEMPLATE,
         results=results,
@@ -103,7 +111,9 @@ def write_report(run: Path) -> Path:
         summary=summary(results),
         key_figures=key_figures(results),
         checks=checks(results),
-        tables=group_tables(results),
+        tables=[*tables, *suites],
+        noted=any(row.note for table in (*tables, *suites) for row in table.rows),
+        near=near_neighbours(results),
         reference=results["reference"],
         unlearned=has_unlearned(results),
         stream=_stream(results, folder) if has_stream(results) else None,
@@ -114,9 +124,9 @@ def write_report(run: Path) -> Path:
         trainings=_trainings(run, results, folder),
         audit=_audit(run, folder),
         samples=sample_groups(results),
-        titles={table.key: table for table in group_tables(results)},
-        facts=_facts(run, results),
-        recipe=_text(run / "recipe.yaml"),
+        titles={table.key: table for table in tables},
+        facts=facts(run, results),
+        recipe=text_of(run / "recipe.yaml"),
     )
     path = folder / "report.html"
     atomic_write(path, page)
@@ -236,9 +246,9 @@ def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
     log = stage["log"] or "its log"
     counts = ", ".join(f"{count} {role} examples" for role, count in stage["examples"].items())
     took = f"{stage['steps']} steps in {format_seconds(stage['seconds'])}"
-    facts = "; ".join(part for part in (stage["how"], counts, took) if part)
+    told = "; ".join(part for part in (stage["how"], counts, took, stage.get("retains")) if part)
     if not drawn:
-        return Training(stage["title"], facts, [], f"only the last {_DRAWN} requests are drawn; {log} has the numbers")
+        return Training(stage["title"], told, [], f"only the last {_DRAWN} requests are drawn; {log} has the numbers")
     records = [] if stage["log"] is None else _read_log(run / stage["log"])
     pictures = [
         picture_of(
@@ -251,7 +261,7 @@ def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
         if figures.drawable(records, curves)
     ]
     missing = None if pictures else f"{log} holds none"
-    return Training(stage["title"], facts, pictures, missing)
+    return Training(stage["title"], told, pictures, missing)
 
 
 def picture_of(draw: Callable[[Any], Any], path: Path, alt: str, caption: str) -> Picture:
@@ -270,60 +280,13 @@ def _data_uri(png: bytes) -> str:
 def _read_log(path: Path) -> list[dict[str, float]]:
     """One record a step, in order; what a step logged twice counts as it was logged last."""
     steps: dict[float, dict[str, float]] = {}
-    for line in (_text(path) or "").splitlines():
+    for line in (text_of(path) or "").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # a kill can leave half a line at the end
             continue
         steps.setdefault(record["step"], {}).update(record)
     return [steps[step] for step in sorted(steps)]
-
-
-def _facts(run: Path, results: Record) -> dict[str, Facts]:
-    """What a reader needs to do it again, {heading: [(label, value)]}; a dash for what was not recorded."""
-    model, hardware = results["model"], results["hardware"]
-    head, events = _ledger_head(run / "ledger.jsonl")
-    return {
-        "Run": _shown(
-            {"recipe": results.get("source"), "revision of the recipe": results.get("source_revision")}
-            | {"command": results["command"], "seed": results["seed"], "created": results["created"]}
-            | {"finished": results["finished"], "time of all processes": format_seconds(results["seconds"])}
-            | {"recipe SHA-256": results["recipe_sha256"], "ledger head": head, "ledger events": events}
-        ),
-        "Model": _shown(
-            {"path": model["path"], "SHA-256": model["sha256"], "dtype": model["dtype"]}
-            | ({"pipeline": model["pipeline"], "what trains": model["component"]} if "pipeline" in model else {})
-            | {"parameters": f"{model['parameters']:,}", "trained": f"{model['trainable_parameters']:,}"}
-            | {"exported as": _export(results.get("export"))}
-        ),
-        "Hardware": _shown(
-            {name: value for name, value in hardware.items() if name != "memory_bytes"}
-            | {"memory": format_bytes(hardware["memory_bytes"])}
-            | {"peak memory of the run": format_bytes(results["peak_memory_bytes"])}
-        ),
-        "Versions": _shown(results["versions"]),
-    }
-
-
-def _export(export: Mapping[str, Any] | None) -> str | None:
-    if export is None:
-        return None
-    found = f"largest difference of outputs {export['max_difference']:.2g}, allowed {export['tolerance']:.2g}"
-    return f"{export['kind']}, loaded back and compared: {found}"
-
-
-def _shown(values: Mapping[str, Any]) -> Facts:
-    return [(label, DASH if value is None else str(value)) for label, value in values.items()]
-
-
-def _ledger_head(path: Path) -> tuple[str | None, int | None]:
-    """Hash of the last whole event, and the number of events."""
-    lines = [line for line in (_text(path) or "").split("\n")[:-1] if line]
-    return (json.loads(lines[-1])["hash"], len(lines)) if lines else (None, None)
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _file_name(name: str) -> str:

@@ -2,7 +2,7 @@
 of HTML, consoles or figures, and imports nothing heavy."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,45 @@ METRICS: dict[str, tuple[str, str]] = {
     "patched_drop": ("Lost by patching", "log-probability of the answer, nats per token"),
     "unlearning_depth": ("Depth of unlearning", "0: the layers hold all; 1: as little as those of the retrained model"),
     "frechet_distance": ("Fréchet distance", "to the pictures before the first request, by the classifier's features"),
+    "model_utility": (
+        "Model utility",
+        "harmonic mean of probability, ROUGE-L and truth ratio of three groups that stay",
+    ),
+    "forget_quality": ("Forget quality", "p-value that its truth ratios and the reference's are drawn alike"),
+    "privleak": ("PrivLeak", "percent; 0 as the reference, below 0 too little was forgotten, above 0 too much"),
 }
+_MEMBERSHIP = {
+    "loss": "LOSS", "zlib": "Zlib", "min_k": "Min-k", "min_k_plus_plus": "Min-k++", "reference": "Reference attack",
+    "grad_norm": "Gradient norm",
+}  # fmt: skip
+for _key, _name in _MEMBERSHIP.items():
+    METRICS.setdefault(f"{_key}_auc", (f"{_name} AUC", "how well this attack tells the forgotten; 0.5 if not at all"))
+    METRICS[f"{_key}_auc_gap"] = (f"{_name} AUC, gap", "distance to the reference's AUC")
+
+# (title, what it says)
+SUITES: dict[str, tuple[str, str]] = {
+    "tofu": ("Suite tofu", "of all groups together"),
+    "mia": ("Suite mia", "membership inference: can the forgotten be told from what was never trained on?"),
+}
+ABSENT = "absent"
 _ACCURACY = "_accuracy"
-_PROPER = ("ROUGE-L", "UA", "IRA", "CRA", "CLIP", "Fréchet")  # first words that stay as they are inside a sentence
+_PROPER = (
+    "ROUGE-L",
+    "UA",
+    "IRA",
+    "CRA",
+    "CLIP",
+    "Fréchet",
+    "LOSS",
+    "PrivLeak",
+)  # first words that stay as they are inside a sentence
 _FORGET_TRUTH_RATIO = "is 1 if it cannot tell the truth from wrong answers"
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of a group: a value for each stage, the reference, and the last value's gap to it."""
+    """One metric of a group: a value for each stage, the reference, and the last value's gap to it. `note` is the last value's
+    interval, and its count where that is not the group's."""
 
     key: str
     label: str
@@ -76,11 +106,13 @@ class MetricRow:
     values: tuple[str, ...]
     reference: str
     gap: str
+    note: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class GroupTable:
-    """All metrics of a group at all stages. `examples` has one entry a stage."""
+    """All metrics of a group, or of a suite, at all stages. `examples` has one entry a stage, and none of a suite; `absent` says of
+    what metrics there is no value, and why."""
 
     key: str
     title: str
@@ -88,6 +120,7 @@ class GroupTable:
     stages: tuple[str, ...]
     examples: tuple[str, ...]
     rows: tuple[MetricRow, ...]
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +157,11 @@ def format_gap(gap: float | None) -> str:
     if gap is None:
         return DASH
     return f"{round(gap, 3) + 0.0:+.3f}".replace("-", "−")  # + 0.0: a small negative gap is +0.000
+
+
+def format_interval(interval: Sequence[float] | None) -> str:
+    """Such as "0.100 to 0.150"; nothing for None."""
+    return "" if interval is None else " to ".join(map(format_value, interval))
 
 
 def has_unlearned(results: Mapping[str, Any]) -> bool:
@@ -187,7 +225,7 @@ def metric_meaning(metric: str, group: str) -> str:
 
 
 def group_tables(results: Mapping[str, Any]) -> list[GroupTable]:
-    """One table for each group; whatever was not measured is a dash."""
+    """One table for each group; whatever was not measured is a dash, or absent with the reason."""
     return [
         GroupTable(
             key=group,
@@ -196,8 +234,26 @@ def group_tables(results: Mapping[str, Any]) -> list[GroupTable]:
             stages=tuple(stage["title"] for stage in results["stages"]),
             examples=tuple(_count(stage, group) for stage in results["stages"]),
             rows=tuple(_row(results, group, metric) for metric in metric_keys(results, group)),
+            absent=_absences(results, "groups", group),
         )
         for group in group_keys(results)
+    ]
+
+
+def suite_tables(results: Mapping[str, Any]) -> list[GroupTable]:
+    """One table for each suite that has values of no single group, such as model utility; none in records of earlier versions."""
+    names = dict.fromkeys(name for stage in results["stages"] for name in stage.get("suites", {}))
+    return [
+        GroupTable(
+            key=f"suite-{name}",
+            title=SUITES[name][0] if name in SUITES else f"Suite {name}",
+            meaning=SUITES[name][1] if name in SUITES else "",
+            stages=tuple(stage["title"] for stage in results["stages"]),
+            examples=(),
+            rows=tuple(_suite_row(results, name, metric) for metric in _suite_metrics(results, name)),
+            absent=_absences(results, "suites", name),
+        )
+        for name in names
     ]
 
 
@@ -225,13 +281,64 @@ def _by_question(stage: Mapping[str, Any], group: str) -> dict[str, Any]:
 
 
 def _row(results: Mapping[str, Any], group: str, metric: str) -> MetricRow:
+    entries = _entries(results, "groups", group)
     return MetricRow(
         key=metric,
         label=metric_label(metric),
         meaning=metric_meaning(metric, group),
-        values=tuple(format_value(metric_value(stage, group, metric)) for stage in results["stages"]),
+        values=tuple(_shown(entry, metric) for entry in entries),
         reference=format_reference(reference_entry(results, group, metric)),
         gap=format_gap(gap_to_reference(results, group, metric)),
+        note=_note(entries[-1], metric),
+    )
+
+
+def _suite_row(results: Mapping[str, Any], suite: str, metric: str) -> MetricRow:
+    entries = _entries(results, "suites", suite)
+    values = tuple(_shown(entry, metric) for entry in entries)
+    return MetricRow(
+        metric, metric_label(metric), metric_meaning(metric, ""), values, DASH, DASH, _note(entries[-1], metric)
+    )
+
+
+def _suite_metrics(results: Mapping[str, Any], suite: str) -> list[str]:
+    return list(dict.fromkeys(name for entry in _entries(results, "suites", suite) for name in entry["metrics"]))
+
+
+def _entries(results: Mapping[str, Any], kind: str, name: str) -> list[Mapping[str, Any]]:
+    """Of a group or a suite at each stage; empty where there is none."""
+    return [stage.get(kind, {}).get(name, {"metrics": {}}) for stage in results["stages"]]
+
+
+def _shown(entry: Mapping[str, Any], metric: str) -> str:
+    value = entry["metrics"].get(metric)
+    return ABSENT if value is None and metric in entry.get("absent", {}) else format_value(value)
+
+
+def _note(entry: Mapping[str, Any], metric: str) -> tuple[str, ...]:
+    """Such as "0.031 to 0.211" and "n = 14"."""
+    if entry["metrics"].get(metric) is None:
+        return ()
+    count = entry.get("counts", {}).get(metric)
+    counted = "" if count is None or count == entry.get("examples") else f"n = {count}"
+    return tuple(part for part in (format_interval(entry.get("intervals", {}).get(metric)), counted) if part)
+
+
+def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[str, ...]:
+    """Such as "Forget quality (before learning): no reference", the metrics with the same reason at the same stages together."""
+    told = [i for i, stage in enumerate(results["stages"]) if name in stage.get(kind, {})]
+    why: dict[tuple[str, str], list[int]] = {}
+    for i, entry in enumerate(_entries(results, kind, name)):
+        for metric, reason in entry.get("absent", {}).items():
+            if entry["metrics"].get(metric) is None:
+                why.setdefault((metric, reason), []).append(i)
+    together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (metric, reason), at in why.items():
+        together.setdefault((reason, tuple(at)), []).append(metric_label(metric))
+    titles = [stage["title"] for stage in results["stages"]]
+    return tuple(
+        f"{'; '.join(labels)}{'' if list(at) == told else ' (' + '; '.join(titles[i] for i in at) + ')'}: {reason}"
+        for (reason, at), labels in together.items()
     )
 
 

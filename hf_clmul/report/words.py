@@ -25,6 +25,8 @@ from hf_clmul.report.tables import (
 Stage = Mapping[str, Any]
 _MANY_REQUESTS = 4
 _BUILTIN = "builtin:"
+NEAR_FROM = {"recipe": "the recipe", "text embeddings": "similarity of the pipeline's text embeddings"}
+"""Who chose the near neighbours, as the record names it."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,18 @@ def checks(results: Mapping[str, Any]) -> list[Check]:
         met, told = bound.judge(_measured(results, bound.group, bound.metrics), bound.limit)
         found.append(Check(bound.title, bound.rule, met, told))
     return found
+
+
+def near_neighbours(results: Mapping[str, Any]) -> str | None:
+    """Which near neighbours IRA near is of, and who chose them; None of runs that have none."""
+    judged = results.get("judged") or {}
+    if not judged.get("near"):
+        return None
+    similar = judged.get("similarity") or {}
+    names = [f"{name} ({similar[name]:.3f})" if name in similar else name for name in judged["near"]]
+    source = judged.get("near_from")
+    brackets = ", which is in brackets" if similar else ""
+    return f"Near neighbours: {listed(names)}; chosen by {NEAR_FROM.get(source, source or DASH)}{brackets}."
 
 
 def format_seconds(seconds: float | None) -> str:
