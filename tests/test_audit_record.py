@@ -73,6 +73,16 @@ def test_scores_become_aucs_and_their_distance():
     assert found["gap"] == auc_gap_estimate(run, reference).record()
 
 
+def test_a_model_that_an_attack_destroyed_has_no_numbers_and_stops_no_audit():
+    nan = float("nan")
+    whole = Point("a", {"p": [0.5, 0.7]}, against={"auc": ([2.0, 3.0], [0.0])})
+    gone = Point("a", {"p": [0.5, nan]}, against={"auc": ([2.0, nan], [0.0])})
+    assert compared(gone, whole) == {}
+    found = compared(whole, gone)
+    assert found["p"]["run"]["value"] == 0.6 and found["auc"]["run"]["value"] == 1.0
+    assert all(found[name][side] is None for name in found for side in ("reference", "gap"))
+
+
 def test_samples_show_what_the_reference_said_to_the_same_question():
     ask = {"question": "Who?", "answer": "Ada", "generated": "Ada"}
     other = [{**ask, "generated": "Bo"}, {**ask, "question": "Why?"}]
