@@ -27,6 +27,7 @@ from hf_clmul.report.claims import APPROXIMATE, FILTER
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
 REPORT = "report/report.html"
+AUDIT = "audit/"
 RECIPES = (".yaml", ".yml")
 ROWS = (".json", ".jsonl", TABLE)
 _LIVING = ("adapter", "merge", "export", "memory")
@@ -78,7 +79,9 @@ def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erase
     for path in text_files(root):
         if path.suffix in ROWS:
             values = json_values(*plain_text(path))
-            erased.learn_texts(row for value in values or [] for row in rows_in(value))
+            rows = (row for value in values or [] for row in rows_in(value))
+            # An audit shows forgotten examples alone, asked in other ways too: none of these is a kept one.
+            erased.learn_texts(rows, only_erased=_name(root, path).startswith(AUDIT))
     return erased
 
 
@@ -196,7 +199,7 @@ def is_evaluation(name: str) -> bool:
     parts = PurePosixPath(name).parts
     place = parts[1:] if parts[0] == "base" else parts[2:] if parts[0] == "requests" else ()
     stage = place in (("examples.jsonl",), ("result.json",)) or (len(place) == 2 and place[0] == "measured")
-    audit = parts[0] == "audit" and name.endswith(".json")
+    audit = name.startswith(AUDIT) and name.endswith(".json")
     return name in ("results.json", REPORT) or stage or audit or parts[0] == "evaluation"
 
 
