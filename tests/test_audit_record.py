@@ -142,7 +142,7 @@ def test_what_rises_beyond_the_reference_came_back():
     said = verdict(START, [found], None)
     assert said[0] == (
         "Gap to the retrained model on the forgotten examples before any attack: answer probability 0.020 [0.000, 0.050] "
-        "(0.10 against 0.08)."
+        "(0.100 against 0.080)."
     )
     assert said[1] == (
         "relearn: answer probability came back: 0.100 [0.050, 0.150] before, 0.600 [0.500, 0.700] after (1 epoch); gap to the "

@@ -62,6 +62,17 @@ def test_an_erased_example_that_an_audit_asks_in_other_ways_is_found_and_blanked
     assert not any(row[column] in left for row in gone for column in ("question", "answer"))
 
 
+def test_references_in_the_cache_that_are_measured_on_erased_examples_are_told(bed, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "cache" / "references"
+    write_table([ROWS[0], *(row for row in ROWS if row["id"] in GONE)], place / "forgotten-0.parquet")
+    write(place / "abc-1000/requests/00-learn-people/examples.jsonl", lines(ROWS))
+    write(place / "def-1000/requests/00-learn-people/examples.jsonl", lines([r for r in ROWS if r["id"] not in GONE]))
+    found = [f for f in scan(bed.root) if f.path.startswith("references/")]
+    assert [(f.kind, f.path, f.wrong) for f in found] == [
+        ("note", "references/abc-1000", False), ("note", "references/forgotten-0.parquet", False)]  # fmt: skip
+
+
 def test_a_damaged_table_is_not_passed_over(bed):
     (bed.root / TABLE).write_bytes(b"PAR1 and no more")
     with pytest.raises(RunError, match="cannot be read as a table of measured examples"):

@@ -10,7 +10,7 @@ from hf_clmul.ledger.files import LEDGER, key_of, read_events
 from hf_clmul.ledger.key import KEY
 from hf_clmul.ledger.lineage import Descendant, descendants
 from hf_clmul.ledger.records import Event, tombstones
-from hf_clmul.ledger.scan_cache import cached, named
+from hf_clmul.ledger.scan_cache import cached, named, referenced
 from hf_clmul.ledger.scan_text import (
     TABLE,
     TEXT_FILES,
@@ -37,8 +37,8 @@ _LIVING = ("adapter", "merge", "export", "memory")
 @dataclass(frozen=True)
 class Finding:
     """One line of a scan. `kind` is leftover, copy, unrecorded, quote, evaluation, cache (all wrong), or approximate, filter,
-    note (said, not wrong); `path` is relative to the run folder, of kind cache to the cache folder; empty for a note
-    on the whole of it."""
+    note (said, not wrong); `path` is relative to the run folder, of kind cache and of a note on a reference to the cache
+    folder; empty for a note on the whole of it."""
 
     kind: str
     path: str
@@ -179,6 +179,9 @@ def _cached(erased: Erased) -> Iterator[Finding]:
         todo = "`hf-clmul scan RUN --redact` deletes the file"
         what = "an audit that quotes an erased example" if file.suffix == ".json" else "a picture of an erased example"
         yield Finding("cache", named(file), f"the cache folder holds {what}", todo)
+    for place in referenced(erased):
+        what = "a reference in the cache folder, which is measured on erased examples, quotes them"
+        yield Finding("note", named(place), what, "delete it when no run is compared with it any more")
 
 
 def _unknown(erased: Erased) -> Iterator[Finding]:

@@ -167,7 +167,7 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
             f"is not known. Before any attack it has on the forgotten examples: {values}."
         )
     parts = [
-        f"{word(name)} {_number(entry['gap'])} ({entry['run']['value']:.2f} against {entry['reference']['value']:.2f})"
+        f"{word(name)} {_number(entry['gap'])} ({_digits(entry['run']['value'])} against {_digits(entry['reference']['value'])})"
         for name, entry in _told(before).items()
         if entry["gap"] is not None
     ]
