@@ -4,6 +4,7 @@ loads nothing else."""
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hf_clmul.evaluation import SUITES
@@ -46,7 +47,7 @@ def evaluation_table(record: Mapping[str, Any]) -> Table:
     for group, entry in {**record["groups"], **{f"all ({name})": e for name, e in record["suites"].items()}}.items():
         for name, value in entry["metrics"].items():
             if value is None:
-                table.add_row(group, name, "absent", entry["absent"][name], "")
+                table.add_row(group, name, "absent", escape(entry["absent"][name]), "")  # formulas have brackets
                 continue
             between = " to ".join(f"{bound:.3f}" for bound in entry["intervals"].get(name, ()))
             table.add_row(group, name, f"{value:.4g}", between, str(entry["counts"][name]))

@@ -32,7 +32,7 @@ def audit_table(record: Mapping[str, Any]) -> "Table":
         caption = Text("run / reference under the same attack; * came back: the intervals are apart")
     table = Table(title=Text(f"{record['name']}: does it come back?"), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     table.title_justify = table.caption_justify = "left"
-    table.add_column("attack", overflow="fold", min_width=15)
+    table.add_column("attack", overflow="fold", min_width=16)
     for name in metrics:
         table.add_column(Text(word(name)), justify="right", min_width=10, max_width=12, overflow="fold")
     table.add_row(Text("before attacks", style="bold"), *(_cell(record["before"].get(name)) for name in metrics))

@@ -73,6 +73,16 @@ def test_scores_become_aucs_and_their_distance():
     assert found["gap"] == auc_gap_estimate(run, reference).record()
 
 
+def test_a_model_that_an_attack_destroyed_has_no_numbers_and_stops_no_audit():
+    nan = float("nan")
+    whole = Point("a", {"p": [0.5, 0.7]}, against={"auc": ([2.0, 3.0], [0.0])})
+    gone = Point("a", {"p": [0.5, nan]}, against={"auc": ([2.0, nan], [0.0])})
+    assert compared(gone, whole) == {}
+    found = compared(whole, gone)
+    assert found["p"]["run"]["value"] == 0.6 and found["auc"]["run"]["value"] == 1.0
+    assert all(found[name][side] is None for name in found for side in ("reference", "gap"))
+
+
 def test_samples_show_what_the_reference_said_to_the_same_question():
     ask = {"question": "Who?", "answer": "Ada", "generated": "Ada"}
     other = [{**ask, "generated": "Bo"}, {**ask, "question": "Why?"}]
@@ -132,7 +142,7 @@ def test_what_rises_beyond_the_reference_came_back():
     said = verdict(START, [found], None)
     assert said[0] == (
         "Gap to the retrained model on the forgotten examples before any attack: answer probability 0.020 [0.000, 0.050] "
-        "(0.10 against 0.08)."
+        "(0.100 against 0.080)."
     )
     assert said[1] == (
         "relearn: answer probability came back: 0.100 [0.050, 0.150] before, 0.600 [0.500, 0.700] after (1 epoch); gap to the "
@@ -185,7 +195,11 @@ def test_what_the_reference_did_not_meet_rose_and_is_not_called_a_return():
         "model has no figure under this attack to compare with."
     )
     assert said[2] == "relearn: not tried on the retrained model, too little memory."
-    assert said[3].startswith("None of 1 attacks raised") and "came back" not in " ".join(said)
+    assert said[3] == (
+        "None of 1 attacks is known to have brought something back beyond what the same attack does to the retrained model. 1 of 1 "
+        "raised something for which the retrained model has no figure: relearn."
+    )
+    assert "came back" not in " ".join(said)
 
 
 def test_without_a_reference_the_verdict_says_so_and_compares_with_before_only():

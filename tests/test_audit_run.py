@@ -24,6 +24,7 @@ from hf_clmul.report.markdown import as_text
 from hf_clmul.run import audit as auditing
 from hf_clmul.run import closing
 from hf_clmul.run.audit import audit_run
+from hf_clmul.run.folder import RunFolder
 
 REQUESTS = "  - unlearn: {name: one, from: people, where: {person: [P02]}}\n"
 QUICK = ["relearn.steps=3", "relearn.points=1", "relearn.learning_rate=3e-3"]
@@ -183,8 +184,8 @@ def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
         (tmp_path / "empty").mkdir()
         audit_run(run, ["quantize"], tmp_path / "empty")
     two = patch.object(auditing, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    with two, pytest.raises(RunError, match="takes one process"):
-        audit_run(run)
+    with two, RunFolder(run).locked(), pytest.raises(RunError, match="takes one process"):
+        audit_run(run)  # another process has the lock, and what it says is not the trouble
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**results, "status": "running"}))
     with pytest.raises(RunError, match="is not complete"):

@@ -10,7 +10,7 @@ from hf_clmul.ledger.files import LEDGER, key_of, read_events
 from hf_clmul.ledger.key import KEY
 from hf_clmul.ledger.lineage import Descendant, descendants
 from hf_clmul.ledger.records import Event, tombstones
-from hf_clmul.ledger.scan_cache import cached, named
+from hf_clmul.ledger.scan_cache import cached, named, referenced
 from hf_clmul.ledger.scan_text import (
     TABLE,
     TEXT_FILES,
@@ -27,6 +27,7 @@ from hf_clmul.report.claims import APPROXIMATE, FILTER
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf")
 REPORT = "report/report.html"
+AUDIT = "audit/"
 RECIPES = (".yaml", ".yml")
 ROWS = (".json", ".jsonl", TABLE)
 _LIVING = ("adapter", "merge", "export", "memory")
@@ -36,8 +37,8 @@ _LIVING = ("adapter", "merge", "export", "memory")
 @dataclass(frozen=True)
 class Finding:
     """One line of a scan. `kind` is leftover, copy, unrecorded, quote, evaluation, cache (all wrong), or approximate, filter,
-    note (said, not wrong); `path` is relative to the run folder, of kind cache to the cache folder; empty for a note
-    on the whole of it."""
+    note (said, not wrong); `path` is relative to the run folder, of kind cache and of a note on a reference to the cache
+    folder; empty for a note on the whole of it."""
 
     kind: str
     path: str
@@ -78,7 +79,9 @@ def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erase
     for path in text_files(root):
         if path.suffix in ROWS:
             values = json_values(*plain_text(path))
-            erased.learn_texts(row for value in values or [] for row in rows_in(value))
+            rows = (row for value in values or [] for row in rows_in(value))
+            # An audit shows forgotten examples alone, asked in other ways too: none of these is a kept one.
+            erased.learn_texts(rows, only_erased=_name(root, path).startswith(AUDIT))
     return erased
 
 
@@ -176,6 +179,9 @@ def _cached(erased: Erased) -> Iterator[Finding]:
         todo = "`hf-clmul scan RUN --redact` deletes the file"
         what = "an audit that quotes an erased example" if file.suffix == ".json" else "a picture of an erased example"
         yield Finding("cache", named(file), f"the cache folder holds {what}", todo)
+    for place in referenced(erased):
+        what = "a reference in the cache folder, which is measured on erased examples, quotes them"
+        yield Finding("note", named(place), what, "delete it when no run is compared with it any more")
 
 
 def _unknown(erased: Erased) -> Iterator[Finding]:
@@ -196,7 +202,7 @@ def is_evaluation(name: str) -> bool:
     parts = PurePosixPath(name).parts
     place = parts[1:] if parts[0] == "base" else parts[2:] if parts[0] == "requests" else ()
     stage = place in (("examples.jsonl",), ("result.json",)) or (len(place) == 2 and place[0] == "measured")
-    audit = parts[0] == "audit" and name.endswith(".json")
+    audit = name.startswith(AUDIT) and name.endswith(".json")
     return name in ("results.json", REPORT) or stage or audit or parts[0] == "evaluation"
 
 

@@ -9,6 +9,9 @@ from hf_clmul.evaluation.audit.kept import AUDITS
 from hf_clmul.ledger.scan_text import Erased, quoted, readable
 from hf_clmul.paths import cache_folder
 
+REFERENCES = "references"
+"""A folder of the cache."""
+
 
 def cached(erased: Erased) -> list[Path]:
     """Files in the cache that hold pictures of erased examples, not those that surviving examples have too; and audits of
@@ -17,6 +20,16 @@ def cached(erased: Erased) -> list[Path]:
     needles = erased.needles() | erased.caption_needles()
     audits = sorted((cache_folder() / AUDITS).glob("*.json")) if needles else []
     return pictures + [file for file in audits if quoted(needles, readable(file))]
+
+
+def referenced(erased: Erased) -> list[Path]:
+    """What quotes erased examples among the references in the cache, whole run folders and tables of rows: they never learned
+    them, but are measured on them."""
+    needles, place = erased.needles(), cache_folder() / REFERENCES
+    if not needles:
+        return []
+    files = [*place.glob("*.parquet"), *place.glob("*/base/examples.jsonl"), *place.glob("*/requests/*/examples.jsonl")]
+    return sorted({place / f.relative_to(place).parts[0] for f in files if quoted(needles, readable(f))})
 
 
 def named(file: Path) -> str:

@@ -70,17 +70,18 @@ class Erased:
             return self.by_id.get(keyed_id(self.key, row["id"]))
         return self.shown.get(texts)
 
-    def learn_texts(self, rows: Iterable[Row]) -> None:
-        """Takes in the texts of rows: of erased ones to search for them, of others because they may be quoted."""
+    def learn_texts(self, rows: Iterable[Row], only_erased: bool = False) -> None:
+        """Takes in the texts of rows: of erased ones to search for them, of others, unless `only_erased`, because they may be
+        quoted."""
         for row in rows:
             if (texts := _texts(row)) and ERASED not in texts:
                 hashed, caption = self.match(row), self.caption(row)
                 if caption is not None:
                     self._learn_caption(caption, row, hashed)
-                elif hashed is None:
-                    self.others.add(texts)
-                else:
+                elif hashed is not None:
                     self.shown[texts] = hashed
+                elif not only_erased:
+                    self.others.add(texts)
 
     def caption(self, row: Row) -> str | None:
         """The caption of a row of pictures, or of a sample of one, which has it as a question that nobody answers."""

@@ -69,6 +69,7 @@ def audit_run(
     `relearn.steps=20`. Raises RunError for a folder that is no complete run, RecipeError for attacks or options that there are
     not.
     """
+    _check_alone(PartialState())  # before the lock, which one of several processes would get
     folder = RunFolder(Path(root))
     results = _results(folder)
     plain = load_recipe(folder.recipe)
@@ -91,10 +92,7 @@ def audit(
 ) -> dict[str, Any]:  # fmt: skip
     """`audit_run` of a folder that is locked. `attacks` is {attack: {option: value}}."""
     state = PartialState()
-    if state.num_processes > 1:
-        raise RunError(
-            "an audit takes one process, and this one runs on several: start it with plain `hf-clmul audit RUN`."
-        )
+    _check_alone(state)
     ready = prepared(recipe, plan_steps(recipe), state.device)
     own = Model(folder.model, _sha256(folder.model, results), results["name"], True)
     other, missing = _reference(recipe, reference)
@@ -109,6 +107,13 @@ def audit(
     _write(folder, record)
     write_card(folder, record)
     return record
+
+
+def _check_alone(state: PartialState) -> None:
+    if state.num_processes > 1:
+        raise RunError(
+            "an audit takes one process, and this one runs on several: start it with plain `hf-clmul audit RUN`."
+        )
 
 
 def _sides(

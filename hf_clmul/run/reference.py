@@ -15,6 +15,7 @@ from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation import OF_NO_GROUP
 from hf_clmul.evaluation.options import Evaluation
 from hf_clmul.hashes import digest, file_hash
+from hf_clmul.ledger.scan_cache import REFERENCES
 from hf_clmul.models.diffusion.sources import BUILTIN, DIGITS
 from hf_clmul.objectives import TERMS
 from hf_clmul.paths import atomic_write, cache_folder
@@ -81,7 +82,7 @@ def default_seed(recipe: Recipe) -> int:
 
 
 def references_folder() -> Path:
-    return cache_folder() / "references"
+    return cache_folder() / REFERENCES
 
 
 def found_references(recipe: Recipe) -> list[Path]:

@@ -53,7 +53,8 @@ def verdict(before: Mapping[str, Any], attacks: Sequence[Record], reference_miss
     tried = [attack for attack in attacks if attack["absent"] is None]
     if tried:
         back = [attack["attack"] for attack in tried if came_back(attack, before)]
-        said.append(_summary(back, len(tried), referenced, bool(there)))
+        alone = [attack["attack"] for attack in tried if attack["attack"] not in back and _alone(attack, before)]
+        said.append(_summary(back, alone, len(tried), referenced, bool(there)))
     return said
 
 
@@ -166,7 +167,7 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
             f"is not known. Before any attack it has on the forgotten examples: {values}."
         )
     parts = [
-        f"{word(name)} {_number(entry['gap'])} ({entry['run']['value']:.2f} against {entry['reference']['value']:.2f})"
+        f"{word(name)} {_number(entry['gap'])} ({_digits(entry['run']['value'])} against {_digits(entry['reference']['value'])})"
         for name, entry in _told(before).items()
         if entry["gap"] is not None
     ]
@@ -198,8 +199,7 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     for metric, point in back.items():
         rose = "came back" if referenced else "rose"
         yield f"{name}: {word(metric)} {rose}: {_change(metric, start, point)}."
-    rest = [metric for metric in start if metric not in back] if referenced else []
-    alone = {metric: found for metric in rest if (found := _rose_alone(metric, start, after)) is not None}
+    alone = _alone(attack, before)
     for metric, point in alone.items():
         change = _change(metric, start, point)
         yield f"{name}: {word(metric)} rose: {change}; the retrained model has no figure under this attack to compare with."
@@ -224,6 +224,16 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
 
 def _told(found: Mapping[str, Any]) -> dict[str, Any]:
     return {metric: value for metric, value in found.items() if metric not in FALLING}
+
+
+def _alone(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
+    """{metric: point} of what rose where there is a reference, but no figure of it under this attack."""
+    if not _referenced(before):
+        return {}
+    start, back = _told(_start(attack, before)), came_back(attack, before)
+    after = [point for point in attack["points"] if point["label"] != "before"]
+    rest = [metric for metric in start if metric not in back]
+    return {metric: found for metric in rest if (found := _rose_alone(metric, start, after)) is not None}
 
 
 def _rose_alone(metric: str, start: Mapping[str, Any], after: Sequence[Record]) -> Record | None:
@@ -295,15 +305,22 @@ def _change(metric: str, start: Mapping[str, Any], point: Record, named: bool = 
     return said
 
 
-def _summary(back: Sequence[str], tried: int, referenced: bool, there: bool) -> str:
+def _summary(back: Sequence[str], alone: Sequence[str], tried: int, referenced: bool, there: bool) -> str:
     beyond = " beyond what the same attack does to the retrained model" if referenced else ""
+    more = (
+        f" {len(alone)} of {tried} raised something for which the retrained model has no figure: {', '.join(alone)}."
+        if alone
+        else ""
+    )
     if back and referenced:
-        return f"{len(back)} of {tried} attacks brought something back{beyond}: {', '.join(back)}."
+        return f"{len(back)} of {tried} attacks brought something back{beyond}: {', '.join(back)}.{more}"
     if back:
         return (
             f"{len(back)} of {tried} attacks raised something: {', '.join(back)}. How much of that was still in the model, and how "
             "much such an attack teaches any model, is not known without a retrained one."
         )
+    if alone:
+        return f"None of {tried} attacks is known to have brought something back{beyond}.{more}"
     said = f"None of {tried} attacks raised a metric so far that its intervals are apart{beyond and ', and'}{beyond}."
     if there:
         said += " This does not mean that the data were forgotten: see above what the run shows before any attack."
