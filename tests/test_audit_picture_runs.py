@@ -28,6 +28,7 @@ from hf_clmul.models.diffusion.lora_files import save_lora
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.report.audit import attack_tables
 from hf_clmul.run import audit as auditing
+from hf_clmul.run import closing
 from hf_clmul.run.audit import audit_run
 from hf_clmul.run.audit_pictures import opened
 from hf_clmul.run.runner import run_recipe
@@ -83,7 +84,7 @@ def runs(made, tmp_path, monkeypatch):
     """A copy of a run by its name; the judge sees a cat in every picture, and reports are not drawn."""
     monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(made)
-    monkeypatch.setattr(auditing, "write_report", lambda root: root)
+    monkeypatch.setattr(closing, "write_report", lambda root: root)
     monkeypatch.setattr(classifiers, "judge_of", lambda images: Judge())
     monkeypatch.setattr(Judge, "bright", -1.0)
     return lambda name: Path(shutil.copytree(made / name, tmp_path / name))
@@ -192,10 +193,10 @@ def test_it_came_back_where_ua_falls_and_is_told_once():
     assert {metric: point["label"] for metric, point in found.items()} == dict.fromkeys(BEFORE, "20 steps")
     _, said, summary = verdict(BEFORE, [relearned], "none")
     assert said == (
-        "relearn: share of pictures in which it is still drawn came back: 0.100 [0.050, 0.150] before, 0.800 [0.700, 0.900] after "
+        "relearn: share of pictures in which it is still drawn rose: 0.100 [0.050, 0.150] before, 0.800 [0.700, 0.900] after "
         "(20 steps)."
     )
-    assert summary == "1 of 1 attacks brought something back: relearn."
+    assert summary.startswith("1 of 1 attacks raised something: relearn.")
 
 
 def test_it_did_not_come_back_where_ua_rises():
@@ -207,13 +208,9 @@ def test_it_did_not_come_back_where_ua_rises():
 def test_a_gap_that_only_the_reference_widens_is_no_rise():
     same, nothing = (0.0, 0.0, 0.0), {"still_drawn": entry((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))}
     after = {"still_drawn": entry(same, (0.1, 0.0, 0.2), (0.1, 0.0, 0.2))}
-    assert verdict(nothing, [attack(("before", nothing), ("after", after))], None)[1] == "relearn: no metric rose."
-
-
-def test_ua_alone_is_told_as_a_fall():
-    before, back = ({"unlearning_accuracy": one["unlearning_accuracy"]} for one in (BEFORE, BACK))
-    _, said, _ = verdict(before, [attack(("before", before), ("20 steps", back))], "none")
-    assert said.startswith("relearn: UA fell, so that it came back: 0.900 [0.850, 0.950] before, 0.200")
+    assert verdict(nothing, [attack(("before", nothing), ("after", after))], None)[1] == (
+        "relearn: no metric rose, or none more than the retrained model."
+    )
 
 
 def test_with_a_reference_ua_has_to_fall_below_it_and_away_from_it():
@@ -239,8 +236,12 @@ def test_tables_and_console_say_what_is_measured():
     record = {"name": "n", "reference": None, "before": BEFORE, "attacks": [relearned]}
     (table,) = attack_tables(record)
     assert (table.title, table.metrics) == ("Relearning what was forgotten", ("UA", "Still drawn"))
-    assert table.samples[0] == ("a red seven", "a red seven", "4 x one red", "4 x seven red")
-    assert table.samples[1][2:] == ("other 4 x one red", "other 4 x seven red")
+    assert table.samples[0] == (
+        "a red seven",
+        "a red seven",
+        (("before", "4 x one red"), ("20 steps", "4 x seven red")),
+    )
+    assert table.samples[1][2] == (("before", "other 4 x one red"), ("20 steps", "other 4 x seven red"))
     columns = [[*column.cells] for column in audit_table(record).columns]
     assert [cells[-1] for cells in columns[1:]] == ["0.20*", "0.80*"]
 

@@ -17,7 +17,7 @@ import hf_clmul
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation import SUITES
-from hf_clmul.evaluation.audit.attacks import ATTACKS
+from hf_clmul.evaluation.audit.attacks import ATTACKS, PICTURE_ATTACKS
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.models import TEACHERS
 from hf_clmul.objectives import TERMS
@@ -224,7 +224,7 @@ def test_ls_lists_every_name_a_recipe_can_use(folder, monkeypatch):
     roles = ("forget", "retain", "learn", "memory")
     terms = [name for role in roles for name, term in TERMS.items() if role in term.roles]
     names = [row[0] for row in rows if row[0]]  # a long line goes on in a row without a name
-    assert names == ["first", *terms, *PENALTIES, *CONFLICT_RULES, *TEACHERS, *ATTACKS, *SUITES]
+    assert names == ["first", *terms, *PENALTIES, *CONFLICT_RULES, *TEACHERS, *ATTACKS, *PICTURE_ATTACKS, *SUITES]
     for title in ("memory terms of language models (learning.memory, unlearning.memory)",
                   "memory terms of diffusion models (learning.memory, unlearning.memory)", 
                   "penalties (learning.penalties, unlearning.penalties)",

@@ -25,6 +25,7 @@ from hf_clmul.objectives.preparation import Generated
 OTHERS = {
     *ALTERNATIVES,
     *VARIANTS,
+    "apartness",
     "teacher",
     "incompetent",
     "alternative",

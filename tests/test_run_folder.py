@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from fake_results import fake_results
 from small_run import write_recipe
 
 from hf_clmul.errors import RunError
@@ -14,6 +15,8 @@ from hf_clmul.recipe.load import load_recipe
 from hf_clmul.run.folder import RunFolder, mark_complete, settings
 
 BASE = {"weights_sha256": "1", "tokenizer_sha256": "2"}
+STAGE = {"stage": "s", "kind": "learn", "title": "t", "seconds": 0.0, "steps": 1, "examples": {}, "how": "", "log": None,
+         "groups": {}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,10 @@ def finish(folder: RunFolder, recipe: Path, count: int, with_state: bool = True)
     """The base and the first `count` requests as finished ones."""
     loaded = load_recipe(recipe)
     steps = opened(folder, recipe)
-    put(folder.base / "result.json", {"measured": "m", **BASE})
+    put(folder.base / "result.json", {**STAGE, "measured": "m", **BASE})
     for step in steps[:count]:
         folder.start(loaded, steps, step)
-        put(folder.request(step) / "result.json", {"measured": "m"})
+        put(folder.request(step) / "result.json", {**STAGE, "measured": "m"})
         if with_state:
             put(folder.state(step, *step.jobs) / "training.json", {"steps": 1})
     return steps
@@ -217,10 +220,11 @@ def test_another_base_model_begins_again_until_something_is_finished(folder, rec
 
 def test_a_run_is_finished_by_its_own_recipe_only(folder):
     assert folder.finished("a") is None
-    put(folder.results, {"status": "complete", "recipe_sha256": "a"})
+    complete = {**fake_results(), "recipe_sha256": "a"}
+    put(folder.results, complete)
     assert folder.finished("a") is None, "without a model there is nothing to deploy"
     folder.model.mkdir()
-    assert folder.finished("a") == {"status": "complete", "recipe_sha256": "a"}
+    assert folder.finished("a") == complete
     assert folder.finished("b") is None
-    put(folder.results, {"status": "running", "recipe_sha256": "a"})
+    put(folder.results, {**complete, "status": "running"})
     assert folder.finished("a") is None

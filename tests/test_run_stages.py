@@ -20,7 +20,7 @@ def test_every_rank_has_read_what_there_is_before_the_main_one_writes(tmp_path: 
         seen.append("wait, written" if (tmp_path / "result.json").exists() else "wait")
 
     run = SimpleNamespace(
-        evaluated=Evaluated({}, {}, {}, []), measured="m", main=True, versions={}, steps=[],
+        evaluated=Evaluated({}, {}, {}, []), measured="m", main=True, versions={}, steps=[], reference_rows=None,
         folder=SimpleNamespace(result=result, stage=lambda step: tmp_path), state=SimpleNamespace(wait_for_everyone=wait),
         recipe=SimpleNamespace(evaluation=SimpleNamespace(samples=1, suites=[])),
         loaded=SimpleNamespace(summary=lambda groups, first, samples: {}),

@@ -113,12 +113,15 @@ def _samples(points: Iterable[Record]) -> list[Sample]:
     if not points:
         return []
     first, last = points[0], points[-1]
-    before = {sample["answer"]: sample["generated"] for sample in first["samples"]} if first is not last else {}
+    shown = first["samples"] if first is not last else []
+    same = {(sample["question"], sample["answer"]): sample["generated"] for sample in shown}
+    meant = {sample["answer"]: sample["generated"] for sample in shown}  # an attack may ask otherwise
     found: list[Sample] = []
     for sample in last["samples"]:
         said = [(last["label"], sample["generated"])]
-        if sample["answer"] in before:
-            said.insert(0, (first["label"], before[sample["answer"]]))
+        before = same.get((sample["question"], sample["answer"]), meant.get(sample["answer"]))
+        if before is not None:
+            said.insert(0, (first["label"], before))
         if sample["reference"] is not None:
             said.append((f"reference, {last['label']}", sample["reference"]))
         found.append((sample["question"], sample["answer"], tuple(said)))
