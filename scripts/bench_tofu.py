@@ -170,6 +170,8 @@ def tables(records: list[Record]) -> list[str]:
         if some:
             cells = [_spread([gap(r["audit"][label]) for r in some if label in r["audit"]]) for label in labels]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if labels:
+        lines += ["", "| run / retrained | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
     for name, some in audited.items():
         for label in labels if some else ():
             cells = [_pair([r["audit"][label].get(m) for r in some if label in r["audit"]]) for m in METRICS]
