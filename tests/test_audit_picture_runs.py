@@ -213,6 +213,15 @@ def test_a_gap_that_only_the_reference_widens_is_no_rise():
     )
 
 
+def test_a_gap_that_grew_because_the_reference_fell_is_no_rise():
+    half, fallen, none = (0.5, 0.4, 0.6), (0.3, 0.2, 0.4), (0.0, 0.0, 0.1)
+    start = {"still_drawn": entry(half, half, none)}
+    after = {"still_drawn": entry(half, fallen, (0.2, 0.05, 0.35))}
+    assert verdict(start, [attack(("before", start), ("after", after))], None)[1] == (
+        "relearn: no metric rose, or none more than the retrained model."
+    )
+
+
 def test_with_a_reference_ua_has_to_fall_below_it_and_away_from_it():
     def beside(run: float, reference: float) -> dict:
         gap = abs(run - reference)
