@@ -1,5 +1,6 @@
 """One thread, no network, and the folders that tests may read. It must not import torch itself."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,3 +42,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}; set HF_CLMUL_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tofu_golden(shared):
+    """Published statistics of TOFU's examples, and what they give."""
+    file = shared / "golden" / "tofu_metrics.json"
+    if not file.is_file():
+        pytest.skip(f"no published TOFU values at {file}")
+    return json.loads(file.read_text())

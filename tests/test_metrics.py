@@ -1,6 +1,5 @@
 """Metrics: hand-computed values, published values of TOFU, and the rows that tend to break metrics."""
 
-import json
 import math
 import subprocess
 import sys
@@ -212,14 +211,6 @@ GOLDEN = {"rel": 1e-9}
 GENERAL_KNOWLEDGE = ("real_authors", "world_facts")
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    file = shared / "golden" / "tofu_metrics.json"
-    if not file.is_file():
-        pytest.skip(f"no published TOFU values at {file}")
-    return json.loads(file.read_text())
-
-
 def golden_rows(group):
     columns = zip(group["nll_answer"], group["nll_paraphrased"], group["nll_perturbed"], strict=True)
     return [
@@ -229,10 +220,10 @@ def golden_rows(group):
 
 
 @pytest.mark.parametrize("model", ["full", "retrained"])
-def test_published_tofu_aggregates(golden, model):
+def test_published_tofu_aggregates(tofu_golden, model):
     nine = []
-    for name, group in golden[model].items():
-        rows, expected = golden_rows(group), golden["expected"][model][name]
+    for name, group in tofu_golden[model].items():
+        rows, expected = golden_rows(group), tofu_golden["expected"][model][name]
         found = metrics.aggregate(rows, name)
         if name in GENERAL_KNOWLEDGE:
             found["answer_probability"] = metrics.mean_of(map(metrics.normalised_probability, rows))
@@ -242,15 +233,15 @@ def test_published_tofu_aggregates(golden, model):
         assert rouge == pytest.approx(expected["rougeL_recall"], **GOLDEN)
         if name != "forget":
             nine += [found["answer_probability"], rouge, found["truth_ratio"]]
-    assert metrics.model_utility(nine) == pytest.approx(golden["expected"][model]["model_utility"], **GOLDEN)
+    assert metrics.model_utility(nine) == pytest.approx(tofu_golden["expected"][model]["model_utility"], **GOLDEN)
 
 
-def test_published_tofu_forget_quality(golden):
+def test_published_tofu_forget_quality(tofu_golden):
     full, retrained = (
-        [metrics.truth_ratio(r) for r in golden_rows(golden[model]["forget"])] for model in ("full", "retrained")
+        [metrics.truth_ratio(r) for r in golden_rows(tofu_golden[model]["forget"])] for model in ("full", "retrained")
     )
     # A p-value this small comes out of a long sum in scipy; 1e-6 leaves room for another of its releases.
-    expected = golden["expected"]["forget_quality_full_vs_retrained"]
+    expected = tofu_golden["expected"]["forget_quality_full_vs_retrained"]
     assert metrics.forget_quality(full, retrained) == pytest.approx(expected, rel=1e-6)
     assert metrics.forget_quality(retrained, retrained) == 1.0
 

@@ -1,6 +1,5 @@
 """Suites as pure functions of tables: hand-computed values, published values of TOFU, and reasons in place of zeros."""
 
-import json
 import math
 
 import pytest
@@ -15,14 +14,6 @@ from hf_clmul.recipe.families import SUITES_OF
 BARE = {"paraphrase_logps": None, "perturbed_logps": None}
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    file = shared / "golden" / "tofu_metrics.json"
-    if not file.is_file():
-        pytest.skip(f"no published TOFU values at {file}")
-    return json.loads(file.read_text())
-
-
 def tables(model):
     """With answers that give each row its published ROUGE-L recall: so many words of the answer."""
     found = {}
@@ -33,10 +24,10 @@ def tables(model):
 
 
 @pytest.mark.parametrize("model", ["full", "retrained"])
-def test_published_values_of_tofu(golden, model, monkeypatch):
+def test_published_values_of_tofu(tofu_golden, model, monkeypatch):
     monkeypatch.setattr(metrics, "rouge_l_recall", lambda r: r["rouge"])
-    published, expected = tables(golden[model]), golden["expected"][model]
-    found = results(["tofu"], published, tables(golden["retrained"]))
+    published, expected = tables(tofu_golden[model]), tofu_golden["expected"][model]
+    found = results(["tofu"], published, tables(tofu_golden["retrained"]))
     for group in published:
         of_group, wanted = found["groups"][group]["metrics"], expected[group]
         general = group in ("real_authors", "world_facts")
@@ -49,7 +40,7 @@ def test_published_values_of_tofu(golden, model, monkeypatch):
     whole = found["suites"]["tofu"]
     assert whole["metrics"]["model_utility"] == pytest.approx(expected["model_utility"], **GOLDEN)
     assert whole["counts"] == {"model_utility": 517, "forget_quality": 300} and whole["absent"] == {}
-    quality = golden["expected"]["forget_quality_full_vs_retrained"] if model == "full" else 1.0
+    quality = tofu_golden["expected"]["forget_quality_full_vs_retrained"] if model == "full" else 1.0
     assert whole["metrics"]["forget_quality"] == pytest.approx(quality, rel=1e-6)
 
 

@@ -87,6 +87,13 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
+def first_problem(error: ValidationError) -> str:
+    """Where a record is not of its type and why, in one line: "stages.0.kind: Field required (and 2 more)"."""
+    first = error.errors(include_url=False)[0]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{dotted(first['loc'])}: {first['msg']}{more}"
+
+
 def nearest(name: object, valid: Iterable[str]) -> str | None:
     """The valid name that was probably meant, or None."""
     word, names = str(name).lower(), list(valid)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_clmul.errors import RunError
-from hf_clmul.recipe.problems import dotted
+from hf_clmul.recipe.problems import first_problem
 
 SCHEMA = 1
 COMPLETE = "complete"
@@ -221,8 +221,4 @@ def _validate(part: type[BaseModel], record: Any, where: str, remedy: str) -> No
     try:
         part.model_validate(record)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise RunError(
-            f"{where} is no record of a run: {dotted(first['loc'])}: {first['msg']}{more}. {remedy}"
-        ) from None
+        raise RunError(f"{where} is no record of a run: {first_problem(error)}. {remedy}") from None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_clmul.errors import RunError
-from hf_clmul.recipe.problems import dotted
+from hf_clmul.recipe.problems import first_problem
 
 SCHEMA = 1
 FILE = Path("audit") / "audit.json"
@@ -105,10 +105,8 @@ def checked(record: Any, where: str) -> dict[str, Any]:
     try:
         AuditRecord.model_validate(renamed)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = dotted(first["loc"]).replace("schema_version", "schema")
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise RunError(f"{where} is no audit record: {key}: {first['msg']}{more}. {REMEDY}") from None
+        problem = first_problem(error).replace("schema_version", "schema")
+        raise RunError(f"{where} is no audit record: {problem}. {REMEDY}") from None
     return record
 
 
