@@ -29,6 +29,13 @@ def one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the user's cache holds, such as trained references, must not decide a test. Workers share one."""
+    folder = tmp_path_factory.getbasetemp()
+    os.environ["HF_CLMUL_CACHE"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache")
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the repository."""

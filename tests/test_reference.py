@@ -54,6 +54,19 @@ def test_what_is_forgotten_is_left_out_and_measured(tmp_path):
     assert str(tmp_path) not in dump_recipe(derived, shared=True)
 
 
+def test_named_groups_are_measured_of_the_reference_too(tmp_path, cache):
+    """Their data is learned by no request, and must stay in its recipe: else a run fails as soon as some reference is cached."""
+    (tmp_path / "facts.jsonl").write_text('{"question": "What is one and one?", "answer": "Two."}\n')
+    recipe = recipe_of(
+        tmp_path, "full", ("evaluation: {", "evaluation: {groups: {world: facts}, "),
+        ("  strangers:", "  facts: {path: ./facts.jsonl}\n  strangers:"),
+    )  # fmt: skip
+    (cache / "references" / "other-1000").mkdir(parents=True)
+    (cache / "references" / "other-1000" / "results.json").write_text("{}")
+    assert found_reference(recipe) is None
+    assert measured(reference_recipe(recipe)) == measured(recipe) and len(measured(recipe)["world"]) == 1
+
+
 def test_a_stream_loses_tasks_parts_and_ids(tmp_path):
     recipe = recipe_of(tmp_path, "stream")
     derived = reference_recipe(recipe)

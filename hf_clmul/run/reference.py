@@ -19,7 +19,7 @@ from hf_clmul.ledger.scan_cache import REFERENCES
 from hf_clmul.models.diffusion.sources import BUILTIN, DIGITS
 from hf_clmul.objectives import TERMS
 from hf_clmul.paths import atomic_write, cache_folder
-from hf_clmul.plan.columns import evaluated, groups, texts
+from hf_clmul.plan.columns import evaluated, groups, texts, untrained
 from hf_clmul.plan.columns import shown as as_measured
 from hf_clmul.plan.job_steps import optimizer_steps
 from hf_clmul.plan.steps import plan_steps
@@ -165,7 +165,8 @@ def _without(recipe: Recipe) -> tuple[Recipe, list[Example]]:
             "there is no reference to train: all that is learned is forgotten, so that it would be the model before the first "
             "request, which the run measures as its stage `base`."
         )
-    used = {request.data for request in requests} | {recipe.evaluation.held_out} - {None}
+    kept = recipe.evaluation.model_copy(update={"forget": None, "reference": None})
+    used = {request.data for request in requests} | set(untrained(recipe.model_copy(update={"evaluation": kept})).values())
     rows, most = _measured(recipe, steps, whole)
     derived = recipe.model_copy(update={
         "name": f"{recipe.name}-reference", "seed": 0, "requests": requests,
