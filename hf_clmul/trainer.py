@@ -24,7 +24,7 @@ from hf_clmul.gradients.window import GradientWindow
 from hf_clmul.models import adapters
 from hf_clmul.models.ema import Ema, EmaState
 from hf_clmul.models.teacher_options import teacher_choice
-from hf_clmul.models.teachers import Reinforced, Teacher
+from hf_clmul.models.teachers import Nobody, Reinforced, Teacher
 from hf_clmul.models.trainable import only_trainable
 from hf_clmul.objectives import ROLES
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
@@ -101,7 +101,7 @@ class ClmulTrainer(Trainer):
         self.family.bind(model, args.activation_checkpointing, args.autocast_dtype)
         self.teacher: Teacher | None = None
         self.teacher_state = teacher_state
-        self.incompetent: nn.Module | None = None
+        self.incompetent: Nobody | None = None
         self.penalties = Penalties(args.penalties, importance)
         self.salient = SalientPart(options(Saliency, "saliency", args.saliency))
         self.averaged = Averaged(args.ema)

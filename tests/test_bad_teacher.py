@@ -85,6 +85,30 @@ def test_the_loss_is_the_divergence_from_it(tmp_path, kind, options):
     assert trainer.incompetent is None  # a whole model is not kept longer than needed
 
 
+def test_the_base_teaches_below_all_adapters(tmp_path):
+    """Also below those of earlier requests, which met the data; and the student is itself again afterwards."""
+    model = adapted()
+    learned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = make(model, two_roles(), tmp_path, forget={"bad_teacher": {"weights": "base"}}, retain={})
+    trainer.train()
+    batch, everything = trainer.data_collator(windows(trainer, 8)[0])["forget"], frozenset({"logits"})
+    again = adapted()
+    assert all(torch.equal(p, learned[name]) for name, p in again.named_parameters())
+    with torch.no_grad():
+        p = causal_lm.predict(again.eval(), batch, everything, trainer.family.accepted).logits
+        with again.disable_adapter():
+            q = causal_lm.predict(again, batch, everything, trainer.family.accepted).logits
+    expected = (q.softmax(-1) * (q.log_softmax(-1) - p.log_softmax(-1))).sum(-1).mean()
+    assert expected > 0.001, "the adapter must have learned something for this to tell"
+    assert lines(trainer)[0]["loss/forget/bad_teacher"] == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.incompetent is None and any(not torch.equal(p, learned[n]) for n, p in model.named_parameters())
+
+
+def test_the_base_of_a_model_without_adapters_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="forget/bad_teacher: `weights: base` asks the model below its adapter, and this"):
+        make(llama(), two_roles(), tmp_path, forget={"bad_teacher": {"weights": "base"}}, retain={})
+
+
 @pytest.mark.parametrize("build", [llama, adapted])
 def test_a_resumed_request_has_the_same(tmp_path, build):
     assert_resume_is_exact(build(), tmp_path, (2,), forget="bad_teacher", max_steps=4, learning_rate=1e-2)

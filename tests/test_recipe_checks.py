@@ -69,6 +69,9 @@ MISTAKES = {
         "adapter: {r: 4}\nunlearning:\n  forget: {task_vector: {}}\n  retain: {}",
         "r.yaml:13: adapter: task_vector works on whole weights, and to negate an adapter's factors is not to negate their "
         "product; remove `adapter`, or take another forget term"),
+    "the base as a teacher, without an adapter": ("{npo: {beta: 0.2}}", "{bad_teacher: {weights: base}}",
+        "r.yaml:14: unlearning.forget.bad_teacher.weights: `base` is the model below its adapter, and without `adapter` all its "
+        "weights learn; add `adapter`, or take `uniform`"),
     "unknown section": ("learning:\n  training: {learning_rate: 2", "lerning:\n  training: {learning_rate: 2",
         "r.yaml:11: lerning: unknown key; expected one of recipe_version, name, seed, family, model, diffusion, "
         "adapter, memory, data, requests, "

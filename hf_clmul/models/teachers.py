@@ -114,6 +114,25 @@ class Teacher:
             self.is_adapter_copy = False
 
 
+class Nobody(Teacher):
+    """One that never met the data: another model, if given one, else the student's base, below all adapters."""
+
+    def __init__(self, model: nn.Module, other: nn.Module | None = None) -> None:
+        super().__init__(model)
+        self.copy = other
+
+    @contextmanager
+    def answering(self) -> Iterator[nn.Module]:
+        if self.copy is not None:
+            with super().answering() as other:
+                yield other
+            return
+        with adapters.untouched(self.model), torch.no_grad():
+            self.model.eval()
+            with adapters.serving(self.model, []):
+                yield self.model
+
+
 class BeforeRequest(Teacher):
     """The model as it was when the request began, keeping a frozen copy of what trains and of nothing else.
 

@@ -8,6 +8,11 @@ from annotated_types import Ge, Gt
 
 NEGATED = "to negate an adapter's factors is not to negate their product"
 """Why an edit that subtracts weights is refused with an adapter."""
+NO_BASE = (
+    "`weights: base` asks the model below its adapter, and this one has none: pass `peft_config`, or take `weights: uniform`."
+)
+WITHOUT_A_MODEL = {"causal_lm": "uniform", "diffusion": "zero"}
+"""The `weights` of a teacher that knows nothing and is no model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +38,15 @@ class Contexts:
 
 @dataclass(frozen=True, kw_only=True)
 class Incompetent:
-    """`weights` of the teacher that knows nothing: `random`, a whole model of the same architecture, frozen; or `uniform`, every
-    token equally likely, without a model.
+    """`weights` of the teacher that knows nothing: `random`, a whole model of the same architecture, frozen; `uniform`, every
+    token equally likely, without a model; or `base`, the model with its adapters switched off, as it was before it learned anything
+    in one.
 
-    Random weights are the papers' (arXiv 2205.08096, 2408.11374), and what they say hardly depends on the input.
+    Random weights are the papers' (arXiv 2205.08096, 2408.11374), and what they say hardly depends on the input. The base is ours:
+    it speaks as a model does that never met the data, if it did not.
     """
 
-    weights: Literal["random", "uniform"] = "random"
+    weights: Literal["random", "uniform", "base"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True)

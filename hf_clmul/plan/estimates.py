@@ -20,7 +20,7 @@ from hf_clmul.recipe.schema import Recipe
 from hf_clmul.recipe.streams import BASE
 from hf_clmul.report.claims import APPROXIMATE
 from hf_clmul.training.importance import measured
-from hf_clmul.training.preparation import is_random
+from hf_clmul.training.preparation import incompetent_weights
 from hf_clmul.training_args import ClmulConfig
 
 
@@ -108,7 +108,7 @@ def _size(recipe: Recipe, step: Step, job: Job, model: Any, sketch: Sketch) -> d
     importance = _of_importance(recipe, job, model)
     unlearned = active_terms("forget", recipe.unlearning.forget, recipe.family) if "forget" in job.roles else []
     averages = recipe.diffusion.ema is not None and not any(active.term.edit for active in unlearned)
-    models = 1 + any(is_random(active) for active in unlearned)
+    models = 1 + any(incompetent_weights(active) == "random" for active in unlearned)
     return {
         "trainable_parameters": count,
         "memory_bytes": sketch.beside

@@ -62,6 +62,7 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     for section in ("learning", "unlearning"):
         _check_penalties(tree, (section, "penalties"), problems)
     _check_edit(tree, problems)
+    _check_base(tree, problems)
     _check_protect(tree, problems)
     _check_lookahead(tree, problems)
     _check_single_role(tree, problems)
@@ -99,6 +100,14 @@ def _check_edit(tree: Tree, problems: Problems) -> None:
             why = "an adapter has none" if "keys_values" in TERMS[name].needs else NEGATED
             what = f"{name} works on whole weights, and {why}"
             problems.at(tree, ("adapter",), what, hint="remove `adapter`, or take another forget term")
+
+
+def _check_base(tree: Tree, problems: Problems) -> None:
+    """A teacher that is the base needs weights beside it that learn."""
+    key: Key = ("unlearning", "forget", "bad_teacher", "weights")
+    if tree.get(*key) == "base" and tree.get("adapter") is None:
+        what = "`base` is the model below its adapter, and without `adapter` all its weights learn"
+        problems.at(tree, key, what, hint="add `adapter`, or take `uniform`")
 
 
 def _check_protect(tree: Tree, problems: Problems) -> None:

@@ -23,7 +23,7 @@ from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.models import adapters
 from hf_clmul.models.alternatives import encoded_alternatives, own_alternatives
-from hf_clmul.models.teachers import Reinforced
+from hf_clmul.models.teachers import Nobody, Reinforced
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives import preparation as settings
 from hf_clmul.objectives.active import ActiveTerm, is_sampled
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from hf_clmul.trainer import ClmulTrainer
     from hf_clmul.training_args import ClmulConfig
 
-
-WITHOUT_A_MODEL = {"causal_lm": "uniform", "diffusion": "zero"}
-"""The `weights` of a teacher that knows nothing and is no model."""
 
 
 def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str, list[ActiveTerm]]) -> None:
@@ -77,16 +74,18 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
         sharded = (
             bool(args.fsdp) or args.deepspeed is not None or any(isinstance(m, FSDPModule) for m in model.modules())
         )
-        if is_random(active) and sharded:
+        if incompetent_weights(active) == "base" and not isinstance(model, PeftModel):
+            raise ValueError(f"{name}: {settings.NO_BASE}")
+        if incompetent_weights(active) == "random" and sharded:
             raise ValueError(
                 f"{name} makes a whole model with random weights on each rank, where FSDP and DeepSpeed keep models in "
-                f"parts: give it `weights: {WITHOUT_A_MODEL[active.term.family]}`, or use DDP."
+                f"parts: give it `weights: {settings.WITHOUT_A_MODEL[active.term.family]}`, or use DDP."
             )
 
 
-def prepare(trainer: "ClmulTrainer") -> tuple[Reinforced | None, nn.Module | None]:
-    """Writes the alternatives that terms ask for, on every rank alike, and returns the reinforced model and the one with random
-    weights, each if a term asks for it."""
+def prepare(trainer: "ClmulTrainer") -> tuple[Reinforced | None, Nobody | None]:
+    """Writes the alternatives that terms ask for, on every rank alike, and returns the reinforced model and the one that knows
+    nothing, each if a term asks for it."""
     reinforced = incompetent = None
     for role, terms in trainer.terms.items():
         for active in terms:
@@ -97,15 +96,17 @@ def prepare(trainer: "ClmulTrainer") -> tuple[Reinforced | None, nn.Module | Non
                     reinforced = Reinforced(model)
             if is_sampled(active):
                 _sample(trainer, role, active.preparation)
-            if is_random(active):
+            if incompetent_weights(active) in ("random", "base"):
                 model = trainer.accelerator.unwrap_model(trainer.model)
-                incompetent = trainer.family.random_like(model, derived_seed(trainer.args.seed, "incompetent"))
+                drawn = incompetent_weights(active) == "random"
+                seed = derived_seed(trainer.args.seed, "incompetent")
+                incompetent = Nobody(model, trainer.family.random_like(model, seed) if drawn else None)
     return reinforced, incompetent
 
 
-def is_random(active: ActiveTerm) -> bool:
-    """Whether the term asks for a teacher with random weights."""
-    return "incompetent" in active.term.needs and active.preparation.weights == "random"
+def incompetent_weights(active: ActiveTerm) -> str | None:
+    """The weights of the incompetent teacher that the term asks for, if it asks for one."""
+    return active.preparation.weights if "incompetent" in active.term.needs else None
 
 
 def forget_gradient(trainer: "ClmulTrainer", model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ needs and teachers by their contracts; no loss."""
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from hf_clmul.models import stored
@@ -13,6 +12,7 @@ from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.models.teachers import REINFORCED, BeforeRequest, Teacher
 from hf_clmul.objectives.active import ActiveTerm, layers, needs
 from hf_clmul.objectives.prediction import Prediction
+from hf_clmul.objectives.preparation import WITHOUT_A_MODEL
 
 if TYPE_CHECKING:
     from hf_clmul.trainer import ClmulTrainer
@@ -56,7 +56,7 @@ def said_of(
 
 def of_nobody(trainer: "ClmulTrainer", active: ActiveTerm, student: Prediction, batch: Batch) -> Prediction:
     """What the incompetent teacher says to a term that asks for it."""
-    if active.preparation.weights != "random":
+    if active.preparation.weights == WITHOUT_A_MODEL[active.term.family]:
         return trainer.family.knows_nothing(student)
-    with torch.no_grad(), trainer.accelerator.autocast():
-        return trainer.family.predict(trainer.incompetent, batch, active.term.needs & OWN)
+    with trainer.incompetent.answering() as model, trainer.accelerator.autocast():
+        return trainer.family.predict(model, batch, active.term.needs & OWN)
