@@ -105,7 +105,9 @@ def test_the_base_teaches_below_all_adapters(tmp_path):
 
 
 def test_the_base_of_a_model_without_adapters_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="forget/bad_teacher: `weights: base` asks the model below its adapter, and this"):
+    with pytest.raises(
+        ValueError, match="forget/bad_teacher: `weights: base` asks the model below its adapter, and this"
+    ):
         make(llama(), two_roles(), tmp_path, forget={"bad_teacher": {"weights": "base"}}, retain={})
 
 

@@ -8,9 +8,7 @@ from annotated_types import Ge, Gt
 
 NEGATED = "to negate an adapter's factors is not to negate their product"
 """Why an edit that subtracts weights is refused with an adapter."""
-NO_BASE = (
-    "`weights: base` asks the model below its adapter, and this one has none: pass `peft_config`, or take `weights: uniform`."
-)
+NO_BASE = "`weights: base` asks the model below its adapter, and this one has none: pass `peft_config`, or take `weights: uniform`."
 WITHOUT_A_MODEL = {"causal_lm": "uniform", "diffusion": "zero"}
 """The `weights` of a teacher that knows nothing and is no model."""
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from hf_clmul.training_args import ClmulConfig
 
 
-
 def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str, list[ActiveTerm]]) -> None:
     """Raises ValueError for what cannot be prepared: an edit beside other roles' terms, of an adapter or with options
     of training; and whole models where weights are sharded."""
