@@ -250,6 +250,22 @@ def test_an_attack_starts_from_its_own_first_point_and_absence_is_told():
     assert said[1:] == ["relearn: not tried, the run is no filter."]
 
 
+def test_an_attack_that_ended_early_says_so_of_each_model():
+    found = attack(("before", START), ("1 step", START), stopped="it diverged", reference_stopped="so did it")
+    said = verdict(START, [found], None)
+    assert said[2:4] == [
+        "relearn: it ended early, it diverged.",
+        "relearn: it ended early on the retrained model, so did it.",
+    ]
+
+
+def test_an_attack_after_which_nothing_could_be_measured_raised_nothing_and_did_not_fail_to():
+    """The first point behind the start has no numbers: the model is destroyed."""
+    found = attack(("before", START), ("1 step", {}), stopped="it diverged")
+    said = verdict(START, [found], None)
+    assert said[1:] == ["relearn: nothing could be measured after it.", "relearn: it ended early, it diverged."]
+
+
 def own(name: str, *parts: tuple, missing: str | None = None) -> list[str]:
     """What is said of a metric that only the attack has, at points named after their order."""
     points = [(f"point {i}", {name: entry(*part)}) for i, part in enumerate(parts, 1)]

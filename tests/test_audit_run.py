@@ -90,6 +90,18 @@ def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
         "audited", ["remove_adapter", "quantize", "relearn"], "small")  # fmt: skip
 
 
+def test_training_that_diverges_ends_its_attack_alone_and_keeps_what_was_measured(run):
+    options = ["relearn.learning_rate=1e30", "benign.steps=1", "benign.points=1"]
+    diverged, benign = audit_run(run, ["relearn", "benign"], None, options)["attacks"]
+    reason = "the fine-tuning diverged at step 3, where its loss is nan; take a smaller learning_rate"
+    assert (diverged["stopped"], diverged["absent"]) == (reason, None)
+    assert [point["x"] for point in diverged["points"]] == [0.0, 1.0, 2.0]
+    assert (benign["stopped"], [point["x"] for point in benign["points"]]) == (None, [0.0, 1.0])
+    assert f"relearn: it ended early, {reason}." in read_audit(run)["verdict"]
+    _, seen = opened(run, ["relearn", "benign"], None, options)
+    assert seen == []
+
+
 def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finished):
     with patch.dict(ATTACKS), pytest.raises(KeyboardInterrupt):
 

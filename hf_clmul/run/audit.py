@@ -27,7 +27,7 @@ from hf_clmul.evaluation.audit.kept import (
     write_kept,
 )
 from hf_clmul.evaluation.audit.merging import compared, merged
-from hf_clmul.evaluation.audit.protocol import Absent, Point, Subject
+from hf_clmul.evaluation.audit.protocol import Absent, Point, Stopped, Subject
 from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked
 from hf_clmul.evaluation.audit.verdict import verdict
 from hf_clmul.hashes import digest, file_hashes
@@ -188,17 +188,20 @@ def _attacked(
     options: Mapping[str, Any],
 ) -> Attacked:
     subject = opened()
-    began, absent = time.monotonic(), None
+    began, absent, stopped = time.monotonic(), None, None
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     points: list[Point] = []
     try:
-        points += attack(subject, ready.data, seed, **options)
+        for point in attack(subject, ready.data, seed, **options):
+            points.append(point)
     except Absent as reason:
         points, absent = [], str(reason)
+    except Stopped as reason:
+        stopped = str(reason)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
-    return Attacked(key, points, round(time.monotonic() - began, 3), peak, absent)
+    return Attacked(key, points, round(time.monotonic() - began, 3), peak, absent, stopped)
 
 
 def _record(
@@ -243,6 +246,8 @@ def _entry(
         "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
         "absent": run.absent,
         "reference_absent": None if other is None else other.absent,
+        "stopped": run.stopped,
+        "reference_stopped": None if other is None else other.stopped,
         "points": points,
     }
 

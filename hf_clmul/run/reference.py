@@ -166,7 +166,9 @@ def _without(recipe: Recipe) -> tuple[Recipe, list[Example]]:
             "request, which the run measures as its stage `base`."
         )
     kept = recipe.evaluation.model_copy(update={"forget": None, "reference": None})
-    used = {request.data for request in requests} | set(untrained(recipe.model_copy(update={"evaluation": kept})).values())
+    used = {request.data for request in requests} | set(
+        untrained(recipe.model_copy(update={"evaluation": kept})).values()
+    )
     rows, most = _measured(recipe, steps, whole)
     derived = recipe.model_copy(update={
         "name": f"{recipe.name}-reference", "seed": 0, "requests": requests,

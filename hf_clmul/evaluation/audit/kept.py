@@ -18,7 +18,8 @@ AUDITS = "audits"
 
 @dataclass(frozen=True)
 class Attacked:
-    """The points of an attack on one model, or why there are none, and what it cost. `key` is a digest of all that it depends on.
+    """The points of an attack on one model, or why there are none (`absent`) or no more (`stopped`), and what it cost. `key` is a
+    digest of all that it depends on.
 
     `peak_memory_bytes`: of the device; without one, the most that the process had held by then.
     """
@@ -28,6 +29,7 @@ class Attacked:
     seconds: float
     peak_memory_bytes: int | None = None
     absent: str | None = None
+    stopped: str | None = None
 
 
 def read_kept(file: Path) -> dict[str, Attacked]:

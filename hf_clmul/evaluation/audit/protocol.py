@@ -43,6 +43,10 @@ class Absent(Exception):
     """An attack cannot be tried on this model or data. Its message is the reason, which the record keeps."""
 
 
+class Stopped(Exception):
+    """An attack cannot go on. What it measured until then stands; its message is the reason, which the record keeps."""
+
+
 class Subject(Protocol):
     """A model under attack, loaded as a user loads it. An attack may change `model` as it likes: each attack gets a fresh one."""
 

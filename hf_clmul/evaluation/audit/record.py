@@ -56,7 +56,7 @@ class Measured(_Part):
 
 class AttackRecord(_Part):
     """One attack on the run and on the reference. `absent`: why it could not be tried, and then there are no points;
-    `reference_absent`: why not on the reference."""
+    `reference_absent`: why not on the reference. `stopped`, `reference_stopped`: why there are no points beyond those there are."""
 
     attack: str
     changes: Literal["weights", "question", "nothing"]
@@ -67,6 +67,8 @@ class AttackRecord(_Part):
     peak_memory_bytes: int | None
     absent: str | None
     reference_absent: str | None
+    stopped: str | None = None
+    reference_stopped: str | None = None
     points: list[Measured]
 
 

@@ -50,7 +50,7 @@ def verdict(before: Mapping[str, Any], attacks: Sequence[Record], reference_miss
     if there:
         said.append(_already(there, referenced))
     said += [sentence for attack in attacks for sentence in _of_attack(attack, before)]
-    tried = [attack for attack in attacks if attack["absent"] is None]
+    tried = [attack for attack in attacks if _after(attack)]
     if tried:
         back = [attack["attack"] for attack in tried if came_back(attack, before)]
         alone = [attack["attack"] for attack in tried if attack["attack"] not in back and _alone(attack, before)]
@@ -190,12 +190,21 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     if attack["absent"] is not None:
         yield f"{name}: not tried, {attack['absent'].rstrip('.')}."
         return
+    after = _after(attack)
+    if after:
+        yield from _found(attack, before, after)
+    else:
+        yield f"{name}: nothing could be measured after it."
+    if attack["reference_absent"] is not None:
+        yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
+    for side, where in (("stopped", ""), ("reference_stopped", " on the retrained model")):
+        if attack.get(side) is not None:
+            yield f"{name}: it ended early{where}, {attack[side].rstrip('.')}."
+
+
+def _found(attack: Record, before: Mapping[str, Any], after: Sequence[Record]) -> Iterator[str]:
+    name, referenced = attack["attack"], _referenced(before)
     start, back = (_told(found) for found in (_start(attack, before), came_back(attack, before)))
-    after = [point for point in attack["points"] if point["label"] != "before"]
-    if not after:
-        yield f"{name}: nothing was measured after it."
-        return
-    referenced = _referenced(before)
     for metric, point in back.items():
         rose = "came back" if referenced else "rose"
         yield f"{name}: {word(metric)} {rose}: {_change(metric, start, point)}."
@@ -218,8 +227,11 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     elif others:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
     yield from _own(name, [m for m in _metrics(after) if m not in start and m not in FALLING], after, referenced)
-    if attack["reference_absent"] is not None:
-        yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
+
+
+def _after(attack: Record) -> list[Record]:
+    """The points behind the first that say anything: of a model that an attack destroyed there are no numbers."""
+    return [point for point in attack["points"] if point["label"] != "before" and point["metrics"]]
 
 
 def _told(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,8 +242,7 @@ def _alone(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
     """{metric: point} of what rose where there is a reference, but no figure of it under this attack."""
     if not _referenced(before):
         return {}
-    start, back = _told(_start(attack, before)), came_back(attack, before)
-    after = [point for point in attack["points"] if point["label"] != "before"]
+    start, back, after = _told(_start(attack, before)), came_back(attack, before), _after(attack)
     rest = [metric for metric in start if metric not in back]
     return {metric: found for metric in rest if (found := _rose_alone(metric, start, after)) is not None}
 
