@@ -11,10 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import norm
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
-from hf_clmul.evaluation.audit.quantization import NF4, linear_layers, quantize, rounded
+from hf_clmul.evaluation.audit.quantization import NF4, linear_layers, quantize, rounded, roundings
 from hf_clmul.evaluation.audit.relearning import benign, measured_at, relearn, relearn_partly, unrelated
 from hf_clmul.evaluation.audit.removal import remove_adapter, remove_direction, without
 from hf_clmul.evaluation.audit.subject import TextSubject
@@ -102,8 +103,22 @@ def test_quantize_measures_each_scheme_on_weights_rounded_once_and_spares_the_ou
     assert len(layers) == (14 if make is tiny_llama else 8) and "lm_head.weight" not in layers
     for scheme, weights in seen[1:]:
         for name, weight in weights.items():
-            expected = rounded(before[name], scheme, 8) if name in layers else before[name]
+            expected = before[name]
+            if name in layers:  # GPT-2 has its weights the other way round
+                expected = rounded(expected, scheme, 8) if make is tiny_llama else rounded(expected.T, scheme, 8).T
             assert torch.equal(weight, expected), (scheme, name)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_blocks_lie_along_the_inputs_of_a_layer_however_it_keeps_its_weight(kind):
+    weight = torch.tensor([[7.0, 3.4, -1.6, 0.0], [70.0, 14.0, -36.0, 0.2]])  # a row for each output
+    layer, seen = kind(4, 2) if kind is torch.nn.Linear else kind(2, 4), []
+    turned = (lambda w: w) if kind is torch.nn.Linear else (lambda w: w.T)
+    layer.weight = torch.nn.Parameter(turned(weight).clone())
+    watched = SimpleNamespace(measure=lambda label: seen.append(turned(layer.weight.detach()).tolist()))
+    list(roundings(watched, {"layer": layer}, ["int4"], 4))
+    assert seen[1] == [[7.0, 3.0, -2.0, 0.0], [70.0, 10.0, -40.0, 0.0]]
+    assert torch.equal(turned(layer.weight), weight)
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------
