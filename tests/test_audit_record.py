@@ -91,7 +91,8 @@ def test_samples_show_what_the_reference_said_to_the_same_question():
 
 
 def test_kept_points_come_back_as_they_were_and_broken_files_are_measured_again(tmp_path):
-    point = Point("a", {"p": [0.5, None]}, 1.0, {"auc": ([float("-inf")], [1.0])}, [{"question": "q"}])
+    said = {"question": "q", "answer": "a", "generated": "g"}
+    point = Point("a", {"p": [0.5, None]}, 1.0, {"auc": ([float("-inf")], [1.0])}, [said])
     file = tmp_path / "relearn.json"
     write_kept(file, {"run": Attacked("k", [point], 1.5, 7, None)})
     (found,) = read_kept(file).values()
@@ -99,6 +100,33 @@ def test_kept_points_come_back_as_they_were_and_broken_files_are_measured_again(
     for content in ("", "[]", '{"run": {"key": 1}}'):
         file.write_text(content)
         assert read_kept(file) == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [
+        ((), {"points": []}),
+        ((), {"seconds": "1"}),
+        (("points", 0), {"label": None}),
+        (("points", 0), {"samples": [{"question": "q"}]}),
+        (("points", 0, "values"), {"p": "abc"}),
+        (("points", 0, "values"), {"p": ["0.5", 0.5]}),
+        (("points", 0, "values"), {"p": [0.5]}),
+        (("points", 0, "against"), {"auc": [[0.5]]}),
+    ],
+)
+def test_what_is_damaged_of_what_was_kept_is_measured_again(tmp_path, place, damage):
+    point = Point("a", {"p": [0.5, 0.7], "q": [0.1, None]}, against={"auc": ([0.5], [1.0])})
+    file = tmp_path / "relearn.json"
+    write_kept(file, {"run": Attacked("k", [point], 1.0), "reference": Attacked("l", [], 1.0, None, "why")})
+    assert read_kept(file).keys() == {"run", "reference"}
+    found = json.loads(file.read_text())
+    part = found["run"]
+    for step in place:
+        part = part[step]
+    part |= damage
+    file.write_text(json.dumps(found))
+    assert "run" not in read_kept(file)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

@@ -125,6 +125,24 @@ def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finishe
     assert seen == [("out", True)]
 
 
+def test_a_record_that_cannot_be_read_is_written_anew_from_what_was_kept(run):
+    record = audit_run(run, ["quantize"])
+    for content in (b"{", b"\xff\xfe", b'{"schema": 2}'):
+        (run / "audit" / "audit.json").write_bytes(content)
+        again, seen = opened(run, ["quantize"])
+        assert seen == [] and read_audit(run) == again
+        assert {**again, "created": record["created"]} == record
+
+
+def test_a_record_that_the_ledger_does_not_tell_of_is_told_the_next_time(run):
+    """A kill came between the two: the report of before the audit is still there then."""
+    with patch.object(auditing.ledger, "append", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        audit_run(run, ["quantize"])
+    assert read_audit(run) and [event["event"] for event in events(run)][-1] == "exported"
+    audit_run(run, ["quantize"])
+    assert [event["event"] for event in events(run)][-2:] == ["exported", "audited"]
+
+
 def test_what_an_attack_did_to_a_reference_is_kept_for_other_runs_with_its_seconds(run, finished, tmp_path):
     record, seen = opened(run, ["quantize", "relearn"], finished[1], QUICK)
     assert seen == [("out", True), ("out", False)] * 3
@@ -195,6 +213,11 @@ def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
     with pytest.raises(RunError, match=r"neither config\.json nor adapter_config\.json"):
         (tmp_path / "empty").mkdir()
         audit_run(run, ["quantize"], tmp_path / "empty")
+    shutil.move(run / "ledger.jsonl", tmp_path / "ledger.jsonl")
+    with pytest.raises(RunError, match="the ledger ends after 0 events"):
+        audit_run(run, ["quantize"])
+    assert not (run / "ledger.jsonl").exists()
+    shutil.move(tmp_path / "ledger.jsonl", run / "ledger.jsonl")
     two = patch.object(auditing, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with two, RunFolder(run).locked(), pytest.raises(RunError, match="takes one process"):
         audit_run(run)  # another process has the lock, and what it says is not the trouble

@@ -15,7 +15,7 @@ from hf_clmul.data.encoding import example_format
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import metrics
 from hf_clmul.evaluation.audit.fine_tuning import fine_tuned
-from hf_clmul.evaluation.audit.protocol import AuditData, Example, Point
+from hf_clmul.evaluation.audit.protocol import SAMPLE, AuditData, Example, Point
 from hf_clmul.evaluation.membership import min_k_score
 from hf_clmul.evaluation.suites import Measuring, measure
 
@@ -46,7 +46,7 @@ class TextSubject:
         if own and self.data.held_out:  # only its scores are looked at
             others = self._rows(self.data.held_out, replace(self.how, max_new_tokens=1), label)
             against = {"min_k_auc": (_min_k_scores(rows), _min_k_scores(others))}
-        samples = [{key: row[key] for key in ("question", "answer", "generated")} for row in rows[: self.samples]]
+        samples = [{key: row[key] for key in SAMPLE} for row in rows[: self.samples]]
         return Point(label, values, x, {name: pair for name, pair in against.items() if all(pair)}, samples)
 
     def fine_tune(
@@ -85,7 +85,7 @@ def open_text(
             )
             model = PeftModel.from_pretrained(base, folder)
             model = model if switchable else model.merge_and_unload()
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RunError(f"the model in {folder} could not be loaded: {reason}") from error
     return TextSubject(model.eval().to(device), tokenizer, data, how, samples)
