@@ -273,6 +273,11 @@ def test_an_adapter_is_merged_unless_it_can_be_switched_off(tmp_path):
     assert not isinstance(merged.model, PeftModel) and isinstance(apart.model, PeftModel)
     assert torch.allclose(merged.model(ids).logits, adapted.eval()(ids).logits, atol=1e-4)
     assert torch.equal(apart.model(ids).logits, adapted(ids).logits)
+    (tmp_path / "base" / "config.json").write_text(
+        (tmp_path / "base" / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64')
+    )
+    with pytest.raises(RunError, match="could not be loaded"):  # its weights have other shapes
+        open_text(tmp_path / "base", data, measuring, **how)
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(RunError, match="could not be loaded"):
         open_text(tmp_path / "model", data, measuring, **how)

@@ -125,6 +125,16 @@ def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finishe
     assert seen == [("out", True)]
 
 
+def test_what_a_kill_left_beside_the_files_of_a_run_is_cleared_away_and_is_no_part_of_its_model(run, monkeypatch):
+    record = audit_run(run, ["quantize"])
+    (run / "audit" / "audit.json").unlink()
+    left = run / "model" / ".README.md.0123abcd.aside", run / "audit" / "attacks" / ".quantize.json.0123abcd.aside"
+    for file in left:
+        file.write_text("half")
+    again, seen = opened(run, ["quantize"])
+    assert seen == [] and again["model_sha256"] == record["model_sha256"] and not any(file.exists() for file in left)
+
+
 def test_a_record_that_cannot_be_read_is_written_anew_from_what_was_kept(run):
     record = audit_run(run, ["quantize"])
     for content in (b"{", b"\xff\xfe", b'{"schema": 2}'):
@@ -174,8 +184,10 @@ def test_what_an_attack_did_to_a_reference_is_kept_for_other_runs_with_its_secon
 def test_redaction_deletes_what_the_cache_has_of_an_audit(run, finished, tmp_path):
     audit_run(run, ["relearn"], finished[1], QUICK)
     cache = tmp_path / "cache" / "audits"
+    killed = cache / ".0.json.0123abcd.aside"  # as a kill leaves it, without its end
+    killed.write_text(max((file.read_text() for file in cache.iterdir()), key=len)[:-9])
     found = [finding.path for finding in scan(run) if finding.kind == "cache"]
-    assert sorted(found) == sorted(f"audits/{file.name}" for file in cache.iterdir()) and len(found) == 2
+    assert sorted(found) == sorted(f"audits/{file.name}" for file in cache.iterdir()) and len(found) == 3
     redact(run)
     assert not list(cache.iterdir()) and not [finding for finding in scan(run) if finding.kind == "cache"]
 
