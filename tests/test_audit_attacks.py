@@ -209,6 +209,29 @@ def test_nothing_that_the_layers_write_lies_along_the_removed_direction(make):
     assert torch.equal(attacked.model.get_output_embeddings().weight, output)
 
 
+def test_the_prompt_of_a_conversation_is_all_before_its_last_answer_and_plain_text_has_none():
+    """Both begin with the same turns, which have no direction between them."""
+
+    def talk(example: Any) -> dict[str, Any]:
+        turns = [
+            ("user", "Hello?"),
+            ("assistant", "Hi."),
+            ("user", example["question"]),
+            ("assistant", example["answer"]),
+        ]
+        return {"id": example["id"], "messages": [{"role": role, "content": text} for role, text in turns]}
+
+    attacked = subject()
+    seen = attacked.model.get_input_embeddings().weight.detach().clone()
+    list(remove_direction(attacked, AuditData([*map(talk, FACTS)], [*map(talk, OTHERS)]), 0))
+    assert not torch.equal(attacked.model.get_input_embeddings().weight, seen)
+    texts = [{"id": "t", "text": "Ada paints doors."}]
+    with pytest.raises(Absent, match="plain text"):
+        list(remove_direction(attacked, AuditData(texts, OTHERS), 0))
+    with pytest.raises(Absent, match="that have a prompt"):
+        list(remove_direction(attacked, AuditData(FACTS, texts), 0))
+
+
 def test_a_filter_is_switched_off_and_other_models_have_none():
     attacked = subject()
     plain = attacked.measure("plain").values
