@@ -294,6 +294,29 @@ def test_an_attack_after_which_nothing_could_be_measured_raised_nothing_and_did_
     assert said[1:] == ["relearn: nothing could be measured after it.", "relearn: it ended early, it diverged."]
 
 
+def test_of_a_model_that_never_met_the_examples_nothing_is_said_to_be_forgotten_or_to_come_back():
+    start = {"answer_probability": entry((0.97, 0.95, 0.99), (0.80, 0.75, 0.85), (0.17, 0.15, 0.19))}
+    point = {"answer_probability": entry((0.999, 0.995, 1.0), (0.70, 0.60, 0.75), (0.29, 0.25, 0.35))}
+    found = attack(("before", start), ("1 epoch", point))
+    plain = verdict(start, [found], None)
+    assert "that much was not forgotten" in plain[1] and "came back: 0.970" in plain[2]
+    scope, _, already, rose, last = verdict(start, [found], None, ["It never met them."], False)
+    assert scope == "It never met them."
+    assert already == (
+        "Before any attack the run lies above the retrained model in answer probability, though it was not trained on the examples."
+    )
+    assert rose.startswith("relearn: answer probability rose: 0.970")
+    assert last == (
+        "1 of 1 attacks raised something: relearn. It is no return: the model was not trained on them. No forgetting was put to the "
+        "test."
+    )
+    last = verdict(start, [attack(("before", start), ("int8", start))], None, (), False)[-1]
+    assert (
+        last
+        == "None of 1 attacks raised a metric so far that its intervals are apart. No forgetting was put to the test."
+    )
+
+
 def own(name: str, *parts: tuple, missing: str | None = None) -> list[str]:
     """What is said of a metric that only the attack has, at points named after their order."""
     points = [(f"point {i}", {name: entry(*part)}) for i, part in enumerate(parts, 1)]

@@ -135,6 +135,16 @@ def test_what_a_kill_left_beside_the_files_of_a_run_is_cleared_away_and_is_no_pa
     assert seen == [] and again["model_sha256"] == record["model_sha256"] and not any(file.exists() for file in left)
 
 
+def test_a_run_that_never_met_the_examples_says_so_in_its_record_and_its_card(run, finished, tmp_path):
+    never = Path(shutil.copytree(finished[1], tmp_path / "never"))
+    record = audit_run(never, ["quantize"])
+    assert (record["held"], record["scope"]) == (False, record["verdict"][:1]) and read_audit(never) == record
+    assert "never met the forgotten examples: no request learned or unlearned them" in record["scope"][0]
+    card = (never / "model" / "README.md").read_text()
+    assert as_text(record["scope"][0]) in card and as_text(record["verdict"][-1]) in card
+    assert record["verdict"][-1].endswith("No forgetting was put to the test.")
+
+
 def test_a_record_that_cannot_be_read_is_written_anew_from_what_was_kept(run):
     record = audit_run(run, ["quantize"])
     for content in (b"{", b"\xff\xfe", b'{"schema": 2}'):

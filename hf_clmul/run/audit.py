@@ -227,7 +227,9 @@ def _record(
         "hardware": hardware(state.device.type, state.num_processes),
         "before": start,
         "attacks": entries,
-        "verdict": verdict(start, entries, missing),
+        "scope": list(ready.scope),
+        "held": ready.held,
+        "verdict": verdict(start, entries, missing, ready.scope, ready.held),
     }
 
 

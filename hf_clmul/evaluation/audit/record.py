@@ -78,7 +78,8 @@ class Reference(_Part):
 
 
 class AuditRecord(_Part):
-    """The whole record. `reference_missing`: why there is no reference."""
+    """The whole record. `reference_missing`: why there is no reference. `scope`: what the attacked model does not hold of what was
+    to be forgotten; `held`: whether it was trained on any of it."""
 
     schema_version: Literal[1]
     run: str
@@ -90,6 +91,8 @@ class AuditRecord(_Part):
     created: str
     versions: dict[str, str]
     hardware: dict[str, Any]
+    scope: list[str] = []
+    held: bool = True
     before: dict[str, Compared]
     attacks: list[AttackRecord]
     verdict: list[str]
