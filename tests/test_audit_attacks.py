@@ -1,6 +1,7 @@
 """Attacks on weights as pure functions and on tiny models: what they compute, in what order, and when they cannot be tried."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
 from hf_clmul.evaluation.audit.quantization import NF4, linear_layers, quantize, rounded, roundings
+from hf_clmul.evaluation.audit.questions import role_play
 from hf_clmul.evaluation.audit.relearning import benign, measured_at, relearn, relearn_partly, unrelated
 from hf_clmul.evaluation.audit.removal import remove_adapter, remove_direction, without
 from hf_clmul.evaluation.audit.subject import TextSubject
@@ -265,6 +267,19 @@ def test_a_point_has_a_value_for_each_example_and_asks_as_told():
     asked = attacked.measure("asked", forget=[{**fact, "question": "Really?"} for fact in FACTS])
     assert not asked.against and asked.samples[0]["question"] == "Really?"
     assert asked.values["answer_probability"] != point.values["answer_probability"]
+
+
+def test_a_question_that_an_attack_made_longer_is_not_cut_where_training_cuts():
+    """Facts have 27 and 28 tokens, and with the scene more than 30: nothing of an answer would be left."""
+    scene, probabilities = "You are an expert who knows this subject in every detail.", []
+    for length in (None, 30):
+        attacked = subject()
+        attacked.how = replace(attacked.how, max_length=length)
+        (point,) = role_play(attacked, attacked.data, 0, scenes=[scene])
+        probabilities.append(point.values["answer_probability"])
+    assert probabilities[0] == probabilities[1]
+    with pytest.raises(Absent, match=r"example f0 has \d+ tokens, and the model reads 256"):
+        list(role_play(attacked, attacked.data, 0, scenes=["word " * 300]))
 
 
 def test_every_attack_has_options_with_defaults_that_fit_their_types():

@@ -11,11 +11,12 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clmul.data.encoding import example_format
+from hf_clmul.data.encoding import encode, example_format
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import metrics
 from hf_clmul.evaluation.audit.fine_tuning import fine_tuned
-from hf_clmul.evaluation.audit.protocol import SAMPLE, AuditData, Example, Point
+from hf_clmul.evaluation.audit.probes import context_length
+from hf_clmul.evaluation.audit.protocol import SAMPLE, Absent, AuditData, Example, Point
 from hf_clmul.evaluation.membership import min_k_score
 from hf_clmul.evaluation.suites import Measuring, measure
 
@@ -40,7 +41,11 @@ class TextSubject:
 
     def measure(self, label: str, x: float | None = None, forget: Sequence[Example] | None = None) -> Point:
         own = forget is None
-        rows = self._rows(self.data.forget if own else forget, self.how, label)
+        if own:
+            rows = self._rows(self.data.forget, self.how, label)
+        else:  # cut where training cuts, a question that an attack made longer might leave nothing of its answer
+            self._check_room(forget)
+            rows = self._rows(forget, replace(self.how, max_length=None), label)
         values = {name: [metric(row) for row in rows] for name, metric in MEASURED.items()}
         against = {}
         if own and self.data.held_out:  # only its scores are looked at
@@ -55,6 +60,15 @@ class TextSubject:
         return fine_tuned(
             self.model, self.tokenizer, examples, seed, steps, learning_rate, batch_size, self.how.max_length
         )
+
+    def _check_room(self, examples: Sequence[Example]) -> None:
+        most = context_length(self.model)
+        for example in examples if most is not None else ():
+            count = len(encode(_bare(example), self.tokenizer)["input_ids"])
+            if count > most:
+                raise Absent(
+                    f"asked like that, example {example.get('id')} has {count} tokens, and the model reads {most}."
+                )
 
     def _rows(self, examples: Sequence[Example], how: Measuring, title: str) -> list[dict[str, Any]]:
         return measure(self.model, self.tokenizer, {"rows": [_bare(e) for e in examples]}, how, title)["rows"]
