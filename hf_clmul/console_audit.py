@@ -29,7 +29,8 @@ def audit_table(record: Mapping[str, Any]) -> "Table":
     metrics = list(record["before"])
     caption = Text("* rose: the intervals are apart")
     if record["reference"] is not None:
-        caption = Text("run / reference under the same attack; * came back: the intervals are apart")
+        back = "came back" if record.get("held", True) else "rose"
+        caption = Text(f"run / reference under the same attack; * {back}: the intervals are apart")
     table = Table(title=Text(f"{record['name']}: does it come back?"), caption=caption, box=box.SIMPLE_HEAD, padding=0)
     table.title_justify = table.caption_justify = "left"
     table.add_column("attack", overflow="fold", min_width=16)

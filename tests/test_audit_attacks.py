@@ -1,6 +1,7 @@
 """Attacks on weights as pure functions and on tiny models: what they compute, in what order, and when they cannot be tried."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import norm
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from hf_clmul.evaluation.audit.attacks import attack_parameters, attacks_of
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
-from hf_clmul.evaluation.audit.quantization import NF4, linear_layers, quantize, rounded
+from hf_clmul.evaluation.audit.quantization import NF4, linear_layers, quantize, rounded, roundings
+from hf_clmul.evaluation.audit.questions import role_play
 from hf_clmul.evaluation.audit.relearning import benign, measured_at, relearn, relearn_partly, unrelated
 from hf_clmul.evaluation.audit.removal import remove_adapter, remove_direction, without
 from hf_clmul.evaluation.audit.subject import TextSubject
@@ -102,8 +105,22 @@ def test_quantize_measures_each_scheme_on_weights_rounded_once_and_spares_the_ou
     assert len(layers) == (14 if make is tiny_llama else 8) and "lm_head.weight" not in layers
     for scheme, weights in seen[1:]:
         for name, weight in weights.items():
-            expected = rounded(before[name], scheme, 8) if name in layers else before[name]
+            expected = before[name]
+            if name in layers:  # GPT-2 has its weights the other way round
+                expected = rounded(expected, scheme, 8) if make is tiny_llama else rounded(expected.T, scheme, 8).T
             assert torch.equal(weight, expected), (scheme, name)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Linear, Conv1D])
+def test_blocks_lie_along_the_inputs_of_a_layer_however_it_keeps_its_weight(kind):
+    weight = torch.tensor([[7.0, 3.4, -1.6, 0.0], [70.0, 14.0, -36.0, 0.2]])  # a row for each output
+    layer, seen = kind(4, 2) if kind is torch.nn.Linear else kind(2, 4), []
+    turned = (lambda w: w) if kind is torch.nn.Linear else (lambda w: w.T)
+    layer.weight = torch.nn.Parameter(turned(weight).clone())
+    watched = SimpleNamespace(measure=lambda label: seen.append(turned(layer.weight.detach()).tolist()))
+    list(roundings(watched, {"layer": layer}, ["int4"], 4))
+    assert seen[1] == [[7.0, 3.0, -2.0, 0.0], [70.0, 10.0, -40.0, 0.0]]
+    assert torch.equal(turned(layer.weight), weight)
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------
@@ -194,6 +211,29 @@ def test_nothing_that_the_layers_write_lies_along_the_removed_direction(make):
     assert torch.equal(attacked.model.get_output_embeddings().weight, output)
 
 
+def test_the_prompt_of_a_conversation_is_all_before_its_last_answer_and_plain_text_has_none():
+    """Both begin with the same turns, which have no direction between them."""
+
+    def talk(example: Any) -> dict[str, Any]:
+        turns = [
+            ("user", "Hello?"),
+            ("assistant", "Hi."),
+            ("user", example["question"]),
+            ("assistant", example["answer"]),
+        ]
+        return {"id": example["id"], "messages": [{"role": role, "content": text} for role, text in turns]}
+
+    attacked = subject()
+    seen = attacked.model.get_input_embeddings().weight.detach().clone()
+    list(remove_direction(attacked, AuditData([*map(talk, FACTS)], [*map(talk, OTHERS)]), 0))
+    assert not torch.equal(attacked.model.get_input_embeddings().weight, seen)
+    texts = [{"id": "t", "text": "Ada paints doors."}]
+    with pytest.raises(Absent, match="plain text"):
+        list(remove_direction(attacked, AuditData(texts, OTHERS), 0))
+    with pytest.raises(Absent, match="that have a prompt"):
+        list(remove_direction(attacked, AuditData(FACTS, texts), 0))
+
+
 def test_a_filter_is_switched_off_and_other_models_have_none():
     attacked = subject()
     plain = attacked.measure("plain").values
@@ -229,6 +269,19 @@ def test_a_point_has_a_value_for_each_example_and_asks_as_told():
     assert asked.values["answer_probability"] != point.values["answer_probability"]
 
 
+def test_a_question_that_an_attack_made_longer_is_not_cut_where_training_cuts():
+    """Facts have 27 and 28 tokens, and with the scene more than 30: nothing of an answer would be left."""
+    scene, probabilities = "You are an expert who knows this subject in every detail.", []
+    for length in (None, 30):
+        attacked = subject()
+        attacked.how = replace(attacked.how, max_length=length)
+        (point,) = role_play(attacked, attacked.data, 0, scenes=[scene])
+        probabilities.append(point.values["answer_probability"])
+    assert probabilities[0] == probabilities[1]
+    with pytest.raises(Absent, match=r"example f0 has \d+ tokens, and the model reads 256"):
+        list(role_play(attacked, attacked.data, 0, scenes=["word " * 300]))
+
+
 def test_every_attack_has_options_with_defaults_that_fit_their_types():
     from hf_clmul.recipe.problems import value_problem
 
@@ -258,6 +311,11 @@ def test_an_adapter_is_merged_unless_it_can_be_switched_off(tmp_path):
     assert not isinstance(merged.model, PeftModel) and isinstance(apart.model, PeftModel)
     assert torch.allclose(merged.model(ids).logits, adapted.eval()(ids).logits, atol=1e-4)
     assert torch.equal(apart.model(ids).logits, adapted(ids).logits)
+    (tmp_path / "base" / "config.json").write_text(
+        (tmp_path / "base" / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64')
+    )
+    with pytest.raises(RunError, match="could not be loaded"):  # its weights have other shapes
+        open_text(tmp_path / "base", data, measuring, **how)
     (tmp_path / "model" / "adapter_config.json").write_text("{}")
     with pytest.raises(RunError, match="could not be loaded"):
         open_text(tmp_path / "model", data, measuring, **how)

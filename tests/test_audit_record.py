@@ -91,7 +91,8 @@ def test_samples_show_what_the_reference_said_to_the_same_question():
 
 
 def test_kept_points_come_back_as_they_were_and_broken_files_are_measured_again(tmp_path):
-    point = Point("a", {"p": [0.5, None]}, 1.0, {"auc": ([float("-inf")], [1.0])}, [{"question": "q"}])
+    said = {"question": "q", "answer": "a", "generated": "g"}
+    point = Point("a", {"p": [0.5, None]}, 1.0, {"auc": ([float("-inf")], [1.0])}, [said])
     file = tmp_path / "relearn.json"
     write_kept(file, {"run": Attacked("k", [point], 1.5, 7, None)})
     (found,) = read_kept(file).values()
@@ -99,6 +100,33 @@ def test_kept_points_come_back_as_they_were_and_broken_files_are_measured_again(
     for content in ("", "[]", '{"run": {"key": 1}}'):
         file.write_text(content)
         assert read_kept(file) == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [
+        ((), {"points": []}),
+        ((), {"seconds": "1"}),
+        (("points", 0), {"label": None}),
+        (("points", 0), {"samples": [{"question": "q"}]}),
+        (("points", 0, "values"), {"p": "abc"}),
+        (("points", 0, "values"), {"p": ["0.5", 0.5]}),
+        (("points", 0, "values"), {"p": [0.5]}),
+        (("points", 0, "against"), {"auc": [[0.5]]}),
+    ],
+)
+def test_what_is_damaged_of_what_was_kept_is_measured_again(tmp_path, place, damage):
+    point = Point("a", {"p": [0.5, 0.7], "q": [0.1, None]}, against={"auc": ([0.5], [1.0])})
+    file = tmp_path / "relearn.json"
+    write_kept(file, {"run": Attacked("k", [point], 1.0), "reference": Attacked("l", [], 1.0, None, "why")})
+    assert read_kept(file).keys() == {"run", "reference"}
+    found = json.loads(file.read_text())
+    part = found["run"]
+    for step in place:
+        part = part[step]
+    part |= damage
+    file.write_text(json.dumps(found))
+    assert "run" not in read_kept(file)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------
@@ -248,6 +276,45 @@ def test_an_attack_starts_from_its_own_first_point_and_absence_is_told():
     assert came_back(attack(("before", own), point), START) == {}
     said = verdict(START, [attack(absent="the run is no filter")], None)
     assert said[1:] == ["relearn: not tried, the run is no filter."]
+
+
+def test_an_attack_that_ended_early_says_so_of_each_model():
+    found = attack(("before", START), ("1 step", START), stopped="it diverged", reference_stopped="so did it")
+    said = verdict(START, [found], None)
+    assert said[2:4] == [
+        "relearn: it ended early, it diverged.",
+        "relearn: it ended early on the retrained model, so did it.",
+    ]
+
+
+def test_an_attack_after_which_nothing_could_be_measured_raised_nothing_and_did_not_fail_to():
+    """The first point behind the start has no numbers: the model is destroyed."""
+    found = attack(("before", START), ("1 step", {}), stopped="it diverged")
+    said = verdict(START, [found], None)
+    assert said[1:] == ["relearn: nothing could be measured after it.", "relearn: it ended early, it diverged."]
+
+
+def test_of_a_model_that_never_met_the_examples_nothing_is_said_to_be_forgotten_or_to_come_back():
+    start = {"answer_probability": entry((0.97, 0.95, 0.99), (0.80, 0.75, 0.85), (0.17, 0.15, 0.19))}
+    point = {"answer_probability": entry((0.999, 0.995, 1.0), (0.70, 0.60, 0.75), (0.29, 0.25, 0.35))}
+    found = attack(("before", start), ("1 epoch", point))
+    plain = verdict(start, [found], None)
+    assert "that much was not forgotten" in plain[1] and "came back: 0.970" in plain[2]
+    scope, _, already, rose, last = verdict(start, [found], None, ["It never met them."], False)
+    assert scope == "It never met them."
+    assert already == (
+        "Before any attack the run lies above the retrained model in answer probability, though it was not trained on the examples."
+    )
+    assert rose.startswith("relearn: answer probability rose: 0.970")
+    assert last == (
+        "1 of 1 attacks raised something: relearn. It is no return: the model was not trained on them. No forgetting was put to the "
+        "test."
+    )
+    last = verdict(start, [attack(("before", start), ("int8", start))], None, (), False)[-1]
+    assert (
+        last
+        == "None of 1 attacks raised a metric so far that its intervals are apart. No forgetting was put to the test."
+    )
 
 
 def own(name: str, *parts: tuple, missing: str | None = None) -> list[str]:

@@ -90,6 +90,18 @@ def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
         "audited", ["remove_adapter", "quantize", "relearn"], "small")  # fmt: skip
 
 
+def test_training_that_diverges_ends_its_attack_alone_and_keeps_what_was_measured(run):
+    options = ["relearn.learning_rate=1e30", "benign.steps=1", "benign.points=1"]
+    diverged, benign = audit_run(run, ["relearn", "benign"], None, options)["attacks"]
+    reason = "the fine-tuning diverged at step 3, where its loss is nan; take a smaller learning_rate"
+    assert (diverged["stopped"], diverged["absent"]) == (reason, None)
+    assert [point["x"] for point in diverged["points"]] == [0.0, 1.0, 2.0]
+    assert (benign["stopped"], [point["x"] for point in benign["points"]]) == (None, [0.0, 1.0])
+    assert f"relearn: it ended early, {reason}." in read_audit(run)["verdict"]
+    _, seen = opened(run, ["relearn", "benign"], None, options)
+    assert seen == []
+
+
 def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finished):
     with patch.dict(ATTACKS), pytest.raises(KeyboardInterrupt):
 
@@ -111,6 +123,44 @@ def test_a_stopped_audit_goes_on_and_a_finished_one_changes_nothing(run, finishe
     assert seen == [("out", False)] * 3
     _, seen = opened(run, ["quantize", "relearn"], None, [*QUICK, "relearn.batch_size=2"])
     assert seen == [("out", True)]
+
+
+def test_what_a_kill_left_beside_the_files_of_a_run_is_cleared_away_and_is_no_part_of_its_model(run, monkeypatch):
+    record = audit_run(run, ["quantize"])
+    (run / "audit" / "audit.json").unlink()
+    left = run / "model" / ".README.md.0123abcd.aside", run / "audit" / "attacks" / ".quantize.json.0123abcd.aside"
+    for file in left:
+        file.write_text("half")
+    again, seen = opened(run, ["quantize"])
+    assert seen == [] and again["model_sha256"] == record["model_sha256"] and not any(file.exists() for file in left)
+
+
+def test_a_run_that_never_met_the_examples_says_so_in_its_record_and_its_card(run, finished, tmp_path):
+    never = Path(shutil.copytree(finished[1], tmp_path / "never"))
+    record = audit_run(never, ["quantize"])
+    assert (record["held"], record["scope"]) == (False, record["verdict"][:1]) and read_audit(never) == record
+    assert "never met the forgotten examples: no request learned or unlearned them" in record["scope"][0]
+    card = (never / "model" / "README.md").read_text()
+    assert as_text(record["scope"][0]) in card and as_text(record["verdict"][-1]) in card
+    assert record["verdict"][-1].endswith("No forgetting was put to the test.")
+
+
+def test_a_record_that_cannot_be_read_is_written_anew_from_what_was_kept(run):
+    record = audit_run(run, ["quantize"])
+    for content in (b"{", b"\xff\xfe", b'{"schema": 2}'):
+        (run / "audit" / "audit.json").write_bytes(content)
+        again, seen = opened(run, ["quantize"])
+        assert seen == [] and read_audit(run) == again
+        assert {**again, "created": record["created"]} == record
+
+
+def test_a_record_that_the_ledger_does_not_tell_of_is_told_the_next_time(run):
+    """A kill came between the two: the report of before the audit is still there then."""
+    with patch.object(auditing.ledger, "append", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        audit_run(run, ["quantize"])
+    assert read_audit(run) and [event["event"] for event in events(run)][-1] == "exported"
+    audit_run(run, ["quantize"])
+    assert [event["event"] for event in events(run)][-2:] == ["exported", "audited"]
 
 
 def test_what_an_attack_did_to_a_reference_is_kept_for_other_runs_with_its_seconds(run, finished, tmp_path):
@@ -144,8 +194,10 @@ def test_what_an_attack_did_to_a_reference_is_kept_for_other_runs_with_its_secon
 def test_redaction_deletes_what_the_cache_has_of_an_audit(run, finished, tmp_path):
     audit_run(run, ["relearn"], finished[1], QUICK)
     cache = tmp_path / "cache" / "audits"
+    killed = cache / ".0.json.0123abcd.aside"  # as a kill leaves it, without its end
+    killed.write_text(max((file.read_text() for file in cache.iterdir()), key=len)[:-9])
     found = [finding.path for finding in scan(run) if finding.kind == "cache"]
-    assert sorted(found) == sorted(f"audits/{file.name}" for file in cache.iterdir()) and len(found) == 2
+    assert sorted(found) == sorted(f"audits/{file.name}" for file in cache.iterdir()) and len(found) == 3
     redact(run)
     assert not list(cache.iterdir()) and not [finding for finding in scan(run) if finding.kind == "cache"]
 
@@ -183,6 +235,11 @@ def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
     with pytest.raises(RunError, match=r"neither config\.json nor adapter_config\.json"):
         (tmp_path / "empty").mkdir()
         audit_run(run, ["quantize"], tmp_path / "empty")
+    shutil.move(run / "ledger.jsonl", tmp_path / "ledger.jsonl")
+    with pytest.raises(RunError, match="the ledger ends after 0 events"):
+        audit_run(run, ["quantize"])
+    assert not (run / "ledger.jsonl").exists()
+    shutil.move(tmp_path / "ledger.jsonl", run / "ledger.jsonl")
     two = patch.object(auditing, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with two, RunFolder(run).locked(), pytest.raises(RunError, match="takes one process"):
         audit_run(run)  # another process has the lock, and what it says is not the trouble

@@ -35,6 +35,14 @@ def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
     assert removed.absent == "the run left no adapter that could be taken off" and removed.rows == ()
 
 
+def test_a_card_of_an_attack_that_ended_early_says_why():
+    audit = fake_audit()
+    audit["attacks"][0]["stopped"] = "the fine-tuning diverged at step 30"
+    shown = Audit([(table, None) for table in attack_tables(audit)], [], "")
+    text = " ".join(rendered("report_audit.html.j2", audit=shown, said=headline(fake_results())).split())
+    assert text.count("It ended early:") == 1 and "It ended early: the fine-tuning diverged at step 30</p>" in text
+
+
 def test_without_a_reference_only_the_run_is_shown():
     relearn = attack_tables(fake_audit(reference=False))[0]
     assert relearn.rows[0][1] == (("0.119", "0.099 to 0.149"), ("0.332", "0.312 to 0.362"))

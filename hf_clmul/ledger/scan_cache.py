@@ -18,7 +18,7 @@ def cached(erased: Erased) -> list[Path]:
     references that quote erased examples."""
     pictures = [file for file, reference in _files(cache_folder()) if erased.image(reference)]
     needles = erased.needles() | erased.caption_needles()
-    audits = sorted((cache_folder() / AUDITS).glob("*.json")) if needles else []
+    audits = sorted((cache_folder() / AUDITS).glob("*")) if needles else []
     return pictures + [file for file in audits if quoted(needles, readable(file))]
 
 

@@ -39,7 +39,7 @@ Sample = tuple[str, str, tuple[tuple[str, str], ...]]
 class AttackTable:
     """One attack. `rows` hold (label, cells), three cells for each of `metrics`: the run, the reference, the gap; the last one only
     where there is a reference. `samples` are (question, true answer, ((after what, what was said), ...)). `absent` says why there
-    are no rows."""
+    are no rows, `stopped` why there are no more of them."""
 
     name: str
     title: str
@@ -48,6 +48,7 @@ class AttackTable:
     rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     samples: tuple[Sample, ...]
     absent: str | None
+    stopped: str | None = None
 
 
 def attack_title(name: str) -> str:
@@ -90,6 +91,7 @@ def _table(attack: Record, referenced: bool) -> AttackTable:
         rows=rows,
         samples=tuple(_samples(attack["points"])),
         absent=attack["absent"],
+        stopped=attack.get("stopped"),
     )
 
 

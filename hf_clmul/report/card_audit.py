@@ -24,7 +24,9 @@ def _section(record: Mapping[str, Any]) -> str:
     tried = [attack for attack in record["attacks"] if attack["absent"] is None]
     beside = record["reference"] is not None and f"beside the reference {record['reference']['name']}"
     names = ", ".join(f"{as_text(attack['attack'])}{_paper(attack['attack'])}" for attack in tried)
-    said = verdict(record["before"], tried, record["reference_missing"])
+    said = verdict(
+        record["before"], tried, record["reference_missing"], record.get("scope", ()), record.get("held", True)
+    )
     lines = [
         TITLE,
         "",

@@ -27,12 +27,12 @@ from hf_clmul.evaluation.audit.kept import (
     write_kept,
 )
 from hf_clmul.evaluation.audit.merging import compared, merged
-from hf_clmul.evaluation.audit.protocol import Absent, Point, Subject
-from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked
+from hf_clmul.evaluation.audit.protocol import Absent, Point, Stopped, Subject
+from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked, read_audit
 from hf_clmul.evaluation.audit.verdict import verdict
-from hf_clmul.hashes import digest, file_hashes
+from hf_clmul.hashes import digest, file_hash, file_hashes
 from hf_clmul.ledger import chain as ledger
-from hf_clmul.paths import atomic_write
+from hf_clmul.paths import atomic_write, recover_folder
 from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
@@ -48,6 +48,8 @@ from hf_clmul.run.results_schema import read_record
 
 BEFORE = "before"
 SECTION = ("attacks", "after_run")
+TIMES = ("created", "versions", "hardware")
+"""What differs between two records of the same findings."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def audit_run(
     plain = load_recipe(folder.recipe)
     recipe = load_recipe(folder.recipe, [_whole_key(override) for override in overrides])
     with quiet_libraries(), folder.locked():
+        recover_folder(folder.root)  # what a kill left in model/ would be hashed as a part of it
         check_ledger(folder)
         record = audit(recipe, folder, results, _chosen(plain, recipe, names), reference)
         show(folder, plan_steps(plain))
@@ -188,17 +191,20 @@ def _attacked(
     options: Mapping[str, Any],
 ) -> Attacked:
     subject = opened()
-    began, absent = time.monotonic(), None
+    began, absent, stopped = time.monotonic(), None, None
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     points: list[Point] = []
     try:
-        points += attack(subject, ready.data, seed, **options)
+        for point in attack(subject, ready.data, seed, **options):
+            points.append(point)
     except Absent as reason:
         points, absent = [], str(reason)
+    except Stopped as reason:
+        stopped = str(reason)
     peak = torch.cuda.max_memory_allocated() if cuda else peak_memory()
-    return Attacked(key, points, round(time.monotonic() - began, 3), peak, absent)
+    return Attacked(key, points, round(time.monotonic() - began, 3), peak, absent, stopped)
 
 
 def _record(
@@ -221,7 +227,9 @@ def _record(
         "hardware": hardware(state.device.type, state.num_processes),
         "before": start,
         "attacks": entries,
-        "verdict": verdict(start, entries, missing),
+        "scope": list(ready.scope),
+        "held": ready.held,
+        "verdict": verdict(start, entries, missing, ready.scope, ready.held),
     }
 
 
@@ -243,6 +251,8 @@ def _entry(
         "peak_memory_bytes": max((s.peak_memory_bytes for s in sides.values() if s.peak_memory_bytes), default=None),
         "absent": run.absent,
         "reference_absent": None if other is None else other.absent,
+        "stopped": run.stopped,
+        "reference_stopped": None if other is None else other.stopped,
         "points": points,
     }
 
@@ -254,13 +264,11 @@ def _parameters(name: str, family: str, options: Mapping[str, Any]) -> dict[str,
 
 
 def _write(folder: RunFolder, record: dict[str, Any]) -> None:
-    """Nothing is written where nothing was found that is not recorded already."""
+    """Nothing is written where nothing was found that is not recorded already, in the file and in the ledger."""
     checked(record, "the audit")
-    file = folder.root / FILE
-    old = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    new = json.loads(json.dumps(record))
-    times = ("created", "versions", "hardware")
-    if isinstance(old, dict) and all(old.get(key) == new[key] for key in new if key not in times):
+    file, new = folder.root / FILE, json.loads(json.dumps(record))
+    old = _old(folder)
+    if old is not None and all(old.get(key) == new[key] for key in new if key not in TIMES):
         return
     text = json.dumps(record, indent=1) + "\n"
     atomic_write(file, text)
@@ -270,6 +278,17 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
         folder.ledger, "audited", attacks=[entry["attack"] for entry in record["attacks"]],
         model_sha256=record["model_sha256"], reference=reference, record_sha256=sha256(text.encode()).hexdigest(),
     )  # fmt: skip
+
+
+def _old(folder: RunFolder) -> dict[str, Any] | None:
+    """The record that is there, if it can be read and the ledger tells of it: a kill may have come between the two."""
+    try:
+        old = read_audit(folder.root)
+    except RunError:
+        return None
+    told = [event for event in ledger.verify(folder.ledger) if event["event"] == "audited"]
+    known = bool(old and told) and told[-1]["record_sha256"] == file_hash(folder.root / FILE)
+    return old if known else None
 
 
 def _chosen(plain: Recipe, changed: Recipe, names: Sequence[str] | None) -> dict[str, dict[str, Any]]:

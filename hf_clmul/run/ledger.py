@@ -213,10 +213,9 @@ def _states(newest: Mapping[str, str], parts: Sequence[str]) -> list[str]:
 
 def check_ledger(folder: RunFolder) -> None:
     """Raises RunError, before anything is changed, for a ledger that was edited or cut, or whose key is gone."""
-    if folder.ledger.is_file():
-        events = ledger.verify(folder.ledger, remembered_head(folder.root))
-        if events:
-            open_key(folder.ledger, events)
+    events = ledger.verify(folder.ledger, remembered_head(folder.root))
+    if events:
+        open_key(folder.ledger, events)
 
 
 def _rows(rows: list[Example]) -> dict[str, str]:

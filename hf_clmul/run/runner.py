@@ -25,12 +25,12 @@ from hf_clmul.ledger import chain as ledger
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained
+from hf_clmul.plan.exported import erasing, exported
 from hf_clmul.plan.notes import notes
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import dump_recipe
-from hf_clmul.recipe.schema import Recipe, Unlearn
-from hf_clmul.recipe.streams import BASE
-from hf_clmul.report.claims import EXACT, FILTER
+from hf_clmul.recipe.schema import Recipe
+from hf_clmul.report.claims import EXACT
 from hf_clmul.report.model_card import model_card
 from hf_clmul.run import carried
 from hf_clmul.run.audit import audit_after
@@ -242,21 +242,12 @@ def _write_json(path: Path, content: Any) -> None:
 def _wanted(recipe: Recipe, steps: Sequence[Step]) -> Wanted:
     """The shared stack, or all that is left where tasks share none; or the tasks that `export.tasks` names, with what unlearns
     from the base. Raises RecipeError for a task that is gone by then."""
-    last, chosen = steps[-1], recipe.export.tasks
-    each = last.each
+    each, chosen = steps[-1].each, recipe.export.tasks
     if chosen is not None and (gone := [name for name in chosen if name not in each]):
         raise RecipeError(
             f"export.tasks: of task {gone[0]!r} no adapter is left to export; there are {', '.join(each) or 'none'}."
         )
-    # What the base knew is unlearned by an adapter; one that could be switched off, or left out, would be a filter.
-    erases = [
-        job.adapter
-        for step in steps
-        if isinstance(step.request, Unlearn) and step.request.from_task == BASE and step.how != FILTER
-        for job in step.jobs
-        if job.adapter is not None
-    ]
-    parts = [part for name in dict.fromkeys([*(chosen or last.stack or each), *erases]) for part in each[name]]
+    parts, erases = exported(recipe, steps), erasing(steps)
     named = {name: tuple(adapters.TASK + part for part in own) for name, own in each.items()}
     return Wanted(
         tuple(adapters.TASK + part for part in parts), named, bool(parts) and (recipe.export.merge or bool(erases))

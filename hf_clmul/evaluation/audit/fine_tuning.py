@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from hf_clmul.data.collation import RoleCollator
 from hf_clmul.data.encoding import encode
 from hf_clmul.data.roles import permutation
-from hf_clmul.errors import RunError
-from hf_clmul.evaluation.audit.protocol import Example
+from hf_clmul.evaluation.audit.protocol import Example, Stopped
 from hf_clmul.models import causal_lm
 from hf_clmul.training.role_data import pad_token_id
 
@@ -27,7 +26,7 @@ def fine_tuned(
     seed gives the same weights. Weights are trained in float32, whatever they were loaded in: bfloat16 rounds small steps
     away. An epoch is a permutation of the examples; its last batch may be smaller.
 
-    Raises RunError for a loss that is no number.
+    Raises Stopped for a loss that is no number.
     """
     model.float().eval().requires_grad_(True)
     encoded = [encode(example, tokenizer, max_length) for example in examples]
@@ -40,8 +39,8 @@ def fine_tuned(
         with torch.enable_grad():
             loss = -causal_lm.predict(model, batch, frozenset({"logps"}), accepted).logps.mean()
             if not bool(torch.isfinite(loss)):
-                raise RunError(
-                    f"the audit's fine-tuning diverged at step {step}: its loss is {float(loss)}. Take a smaller learning_rate."
+                raise Stopped(
+                    f"the fine-tuning diverged at step {step}, where its loss is {loss.item()}; take a smaller learning_rate"
                 )
             loss.backward()
         optimizer.step()

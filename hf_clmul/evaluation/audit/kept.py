@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from hf_clmul.evaluation.audit.protocol import Point
+from pydantic import TypeAdapter
+
+from hf_clmul.evaluation.audit.protocol import SAMPLE, Point
 from hf_clmul.paths import atomic_write, cache_folder
 
 RUN, REFERENCE = "run", "reference"
@@ -18,7 +19,8 @@ AUDITS = "audits"
 
 @dataclass(frozen=True)
 class Attacked:
-    """The points of an attack on one model, or why there are none, and what it cost. `key` is a digest of all that it depends on.
+    """The points of an attack on one model, or why there are none (`absent`) or no more (`stopped`), and what it cost. `key` is a
+    digest of all that it depends on.
 
     `peak_memory_bytes`: of the device; without one, the most that the process had held by then.
     """
@@ -28,18 +30,19 @@ class Attacked:
     seconds: float
     peak_memory_bytes: int | None = None
     absent: str | None = None
+    stopped: str | None = None
+
+
+_KEPT = TypeAdapter(dict[str, Attacked])
 
 
 def read_kept(file: Path) -> dict[str, Attacked]:
-    """{side: what was measured} of a file, empty for none and for one that cannot be read: it is measured again then."""
+    """{side: what was measured} of a file, without what is damaged there: that is measured again then."""
     try:
-        found = json.loads(file.read_text("utf-8"))
-        return {
-            side: Attacked(**{**one, "points": [_point(point) for point in one["points"]]})
-            for side, one in found.items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = _KEPT.validate_json(file.read_bytes(), strict=True)
+    except (OSError, ValueError):
         return {}
+    return {side: one for side, one in found.items() if _is_whole(one)}
 
 
 def write_kept(file: Path, sides: Mapping[str, Attacked]) -> None:
@@ -60,6 +63,10 @@ def _cached(key: str) -> Path:
     return cache_folder() / AUDITS / f"{key}.json"
 
 
-def _point(plain: Mapping[str, Any]) -> Point:
-    against = {name: (pair[0], pair[1]) for name, pair in plain["against"].items()}
-    return Point(**{**plain, "against": against})
+def _is_whole(one: Attacked) -> bool:
+    """Whether there is all that a record is made of."""
+    if not (one.points or one.absent or one.stopped):
+        return False
+    lengths = [{len(values) for values in point.values.values()} for point in one.points]
+    samples = [sample for point in one.points for sample in point.samples]
+    return all(len(of_point) <= 1 for of_point in lengths) and all(set(SAMPLE) <= set(sample) for sample in samples)

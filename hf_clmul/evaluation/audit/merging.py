@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_clmul.evaluation.audit.protocol import Point
+from hf_clmul.evaluation.audit.protocol import SAMPLE, Point
 from hf_clmul.evaluation.estimates import Estimate, auc_estimate, auc_gap_estimate, gap_estimate, mean_estimate
 
 Compared = dict[str, dict[str, dict[str, Any] | None]]
@@ -65,5 +65,4 @@ def _put(found: Compared, name: str, run: Estimate | None, reference: Estimate |
 def _samples(run: Point, reference: Point | None) -> list[dict[str, str | None]]:
     """The run's samples, with what the reference said to the same question."""
     other = {one["question"]: one["generated"] for one in reference.samples} if reference is not None else {}
-    keys = ("question", "answer", "generated")
-    return [{**{key: one[key] for key in keys}, "reference": other.get(one["question"])} for one in run.samples]
+    return [{**{key: one[key] for key in SAMPLE}, "reference": other.get(one["question"])} for one in run.samples]

@@ -23,7 +23,7 @@ def turn(example: Example) -> dict[str, Any]:
     names = example_format(example)
     if names == ("text",):
         raise Absent(
-            f"example {example.get('id')} is plain text, and this attack changes a question. "
+            f"example {example.get('id')} is plain text, and this attack works with questions. "
             "Give the data as prompt and completion: the beginning of each text, and the rest."
         )
     if names != ("messages",):

@@ -9,6 +9,7 @@ Example = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 GROUPS = ("forget", "retain", "held_out", "unrelated")
+SAMPLE = ("question", "answer", "generated")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Point:
     values   {metric: a value for each forget example, in order; None where it has none}: their mean is the metric
     against  {metric: (scores of the forget examples, scores of the held-out ones)}: the metric is the AUC, 0.5 where the two cannot
              be told apart, 1 where the forget examples look like members
-    samples  some {"question", "answer", "generated"}
+    samples  some texts {question, answer, generated}, the keys of SAMPLE
     """
 
     label: str
@@ -41,6 +42,10 @@ class Point:
 
 class Absent(Exception):
     """An attack cannot be tried on this model or data. Its message is the reason, which the record keeps."""
+
+
+class Stopped(Exception):
+    """An attack cannot go on. What it measured until then stands; its message is the reason, which the record keeps."""
 
 
 class Subject(Protocol):

@@ -56,7 +56,7 @@ class Measured(_Part):
 
 class AttackRecord(_Part):
     """One attack on the run and on the reference. `absent`: why it could not be tried, and then there are no points;
-    `reference_absent`: why not on the reference."""
+    `reference_absent`: why not on the reference. `stopped`, `reference_stopped`: why there are no points beyond those there are."""
 
     attack: str
     changes: Literal["weights", "question", "nothing"]
@@ -67,6 +67,8 @@ class AttackRecord(_Part):
     peak_memory_bytes: int | None
     absent: str | None
     reference_absent: str | None
+    stopped: str | None = None
+    reference_stopped: str | None = None
     points: list[Measured]
 
 
@@ -76,7 +78,8 @@ class Reference(_Part):
 
 
 class AuditRecord(_Part):
-    """The whole record. `reference_missing`: why there is no reference."""
+    """The whole record. `reference_missing`: why there is no reference. `scope`: what the attacked model does not hold of what was
+    to be forgotten; `held`: whether it was trained on any of it."""
 
     schema_version: Literal[1]
     run: str
@@ -88,6 +91,8 @@ class AuditRecord(_Part):
     created: str
     versions: dict[str, str]
     hardware: dict[str, Any]
+    scope: list[str] = []
+    held: bool = True
     before: dict[str, Compared]
     attacks: list[AttackRecord]
     verdict: list[str]

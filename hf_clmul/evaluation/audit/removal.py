@@ -23,7 +23,9 @@ def remove_adapter(subject: Subject, data: AuditData, seed: int) -> Iterator[Poi
     from peft import PeftModel
 
     if not isinstance(subject.model, PeftModel):
-        raise Absent("the model has no adapter that unlearned and could be switched off: the run is no filter")
+        raise Absent(
+            "the model has no adapter that unlearned and could be switched off: the run is no filter, or one that was merged"
+        )
     yield subject.measure("before")
     with subject.model.disable_adapter():
         yield subject.measure("adapter off")
@@ -39,13 +41,21 @@ def remove_direction(
     layers), at the prompt's last token; u = r / |r|. Every matrix W that writes to the stream becomes W - u u^T W, its bias
     b - u (u . b), the embeddings likewise (Arditi et al., arXiv 2406.11717, difference of means, weight
     orthogonalization). A model that recognises what it should not say by one direction says it again then. They choose layer and
-    position by a search; the middle of the model is our default. `examples` caps each side; 128 are theirs.
+    position by a search; the middle of the model is our default. `examples` caps each side; 128 are theirs. The prompt of
+    a conversation is all before its last answer.
     """
     import torch
     from peft import PeftModel
 
-    if not data.retain:
-        raise Absent("no examples are retained, so that there is no direction that sets forgotten prompts apart")
+    from hf_clmul.data.encoding import example_format
+    from hf_clmul.evaluation.audit.probes import turn
+
+    forget = [turn(example) for example in data.forget[:examples]]
+    retain = [turn(example) for example in data.retain if example_format(example) != ("text",)][:examples]
+    if not retain:
+        raise Absent(
+            "no examples are retained that have a prompt, and so there is nothing that forgotten prompts differ from"
+        )
     if isinstance(subject.model, PeftModel):  # what an adapter writes lies along the direction too
         subject.model = subject.model.merge_and_unload()
     model = subject.model
@@ -53,7 +63,7 @@ def remove_direction(
     if not writers:
         raise Absent(f"which modules of {type(model).__name__} write to the residual stream is not known")
     yield subject.measure("before")
-    sides = [_states(subject, side[:examples], depth) for side in (data.forget, data.retain)]
+    sides = [_states(subject, side, depth) for side in (forget, retain)]
     difference = sides[0].mean(0) - sides[1].mean(0)
     size = float(difference.norm())
     if not size > 0:

@@ -11,11 +11,12 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_clmul.data.encoding import example_format
+from hf_clmul.data.encoding import encode, example_format
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import metrics
 from hf_clmul.evaluation.audit.fine_tuning import fine_tuned
-from hf_clmul.evaluation.audit.protocol import AuditData, Example, Point
+from hf_clmul.evaluation.audit.probes import context_length
+from hf_clmul.evaluation.audit.protocol import SAMPLE, Absent, AuditData, Example, Point
 from hf_clmul.evaluation.membership import min_k_score
 from hf_clmul.evaluation.suites import Measuring, measure
 
@@ -40,13 +41,17 @@ class TextSubject:
 
     def measure(self, label: str, x: float | None = None, forget: Sequence[Example] | None = None) -> Point:
         own = forget is None
-        rows = self._rows(self.data.forget if own else forget, self.how, label)
+        if own:
+            rows = self._rows(self.data.forget, self.how, label)
+        else:  # cut where training cuts, a question that an attack made longer might leave nothing of its answer
+            self._check_room(forget)
+            rows = self._rows(forget, replace(self.how, max_length=None), label)
         values = {name: [metric(row) for row in rows] for name, metric in MEASURED.items()}
         against = {}
         if own and self.data.held_out:  # only its scores are looked at
             others = self._rows(self.data.held_out, replace(self.how, max_new_tokens=1), label)
             against = {"min_k_auc": (_min_k_scores(rows), _min_k_scores(others))}
-        samples = [{key: row[key] for key in ("question", "answer", "generated")} for row in rows[: self.samples]]
+        samples = [{key: row[key] for key in SAMPLE} for row in rows[: self.samples]]
         return Point(label, values, x, {name: pair for name, pair in against.items() if all(pair)}, samples)
 
     def fine_tune(
@@ -55,6 +60,15 @@ class TextSubject:
         return fine_tuned(
             self.model, self.tokenizer, examples, seed, steps, learning_rate, batch_size, self.how.max_length
         )
+
+    def _check_room(self, examples: Sequence[Example]) -> None:
+        most = context_length(self.model)
+        for example in examples if most is not None else ():
+            count = len(encode(_bare(example), self.tokenizer)["input_ids"])
+            if count > most:
+                raise Absent(
+                    f"asked like that, example {example.get('id')} has {count} tokens, and the model reads {most}."
+                )
 
     def _rows(self, examples: Sequence[Example], how: Measuring, title: str) -> list[dict[str, Any]]:
         return measure(self.model, self.tokenizer, {"rows": [_bare(e) for e in examples]}, how, title)["rows"]
@@ -85,7 +99,7 @@ def open_text(
             )
             model = PeftModel.from_pretrained(base, folder)
             model = model if switchable else model.merge_and_unload()
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RunError(f"the model in {folder} could not be loaded: {reason}") from error
     return TextSubject(model.eval().to(device), tokenizer, data, how, samples)

@@ -40,21 +40,30 @@ CEILING = 0.9
 """Of metrics between 0 and 1: what lies above can hardly rise."""
 
 
-def verdict(before: Mapping[str, Any], attacks: Sequence[Record], reference_missing: str | None) -> list[str]:
-    """One sentence or two on what was there before, then on each attack."""
+def verdict(
+    before: Mapping[str, Any],
+    attacks: Sequence[Record],
+    reference_missing: str | None,
+    scope: Sequence[str] = (),
+    held: bool = True,
+) -> list[str]:
+    """One sentence or two on what was there before, then on each attack. Where the model was never trained on the examples, not
+    `held`, nothing is said to have been forgotten, or to come back."""
     if not before:
-        return ["Nothing could be measured of the forgotten examples."]
+        return [*scope, "Nothing could be measured of the forgotten examples."]
     referenced = reference_missing is None
-    said = [_before(before, reference_missing)]
+    said = [*scope, _before(before, reference_missing)]
     there = there_before(before)
     if there:
-        said.append(_already(there, referenced))
-    said += [sentence for attack in attacks for sentence in _of_attack(attack, before)]
-    tried = [attack for attack in attacks if attack["absent"] is None]
+        said.append(_already(there, referenced, held))
+    said += [sentence for attack in attacks for sentence in _of_attack(attack, before, held)]
+    tried = [attack for attack in attacks if _after(attack)]
     if tried:
         back = [attack["attack"] for attack in tried if came_back(attack, before)]
         alone = [attack["attack"] for attack in tried if attack["attack"] not in back and _alone(attack, before)]
-        said.append(_summary(back, alone, len(tried), referenced, bool(there)))
+        said.append(
+            _summary(back, alone, len(tried), referenced, bool(there)) if held else _unheld([*back, *alone], len(tried))
+        )
     return said
 
 
@@ -176,8 +185,11 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
     return f"Gap to the retrained model on the forgotten examples before any attack: {', '.join(parts)}."
 
 
-def _already(there: Sequence[str], referenced: bool) -> str:
+def _already(there: Sequence[str], referenced: bool, held: bool) -> str:
     words = _listed([word(metric) for metric in there])
+    if not held:
+        where = "above the retrained model" if referenced else "near 1"
+        return f"Before any attack the run lies {where} in {words}, though it was not trained on the examples."
     if referenced:
         return (
             f"Before any attack the run already lies above the retrained model in {words}: that much was not forgotten."
@@ -185,19 +197,28 @@ def _already(there: Sequence[str], referenced: bool) -> str:
     return f"Before any attack the run already lies near 1 in {words}, so that no attack could raise that far."
 
 
-def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
+def _of_attack(attack: Record, before: Mapping[str, Any], held: bool) -> Iterator[str]:
     name = attack["attack"]
     if attack["absent"] is not None:
         yield f"{name}: not tried, {attack['absent'].rstrip('.')}."
         return
+    after = _after(attack)
+    if after:
+        yield from _found(attack, before, after, held)
+    else:
+        yield f"{name}: nothing could be measured after it."
+    if attack["reference_absent"] is not None:
+        yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
+    for side, where in (("stopped", ""), ("reference_stopped", " on the retrained model")):
+        if attack.get(side) is not None:
+            yield f"{name}: it ended early{where}, {attack[side].rstrip('.')}."
+
+
+def _found(attack: Record, before: Mapping[str, Any], after: Sequence[Record], held: bool) -> Iterator[str]:
+    name, referenced = attack["attack"], _referenced(before)
     start, back = (_told(found) for found in (_start(attack, before), came_back(attack, before)))
-    after = [point for point in attack["points"] if point["label"] != "before"]
-    if not after:
-        yield f"{name}: nothing was measured after it."
-        return
-    referenced = _referenced(before)
     for metric, point in back.items():
-        rose = "came back" if referenced else "rose"
+        rose = "came back" if referenced and held else "rose"
         yield f"{name}: {word(metric)} {rose}: {_change(metric, start, point)}."
     alone = _alone(attack, before)
     for metric, point in alone.items():
@@ -218,8 +239,11 @@ def _of_attack(attack: Record, before: Mapping[str, Any]) -> Iterator[str]:
     elif others:
         yield f"{name}: not so far that the intervals are apart, if at all: {', '.join(map(word, others))}."
     yield from _own(name, [m for m in _metrics(after) if m not in start and m not in FALLING], after, referenced)
-    if attack["reference_absent"] is not None:
-        yield f"{name}: not tried on the retrained model, {attack['reference_absent'].rstrip('.')}."
+
+
+def _after(attack: Record) -> list[Record]:
+    """The points behind the first that say anything: of a model that an attack destroyed there are no numbers."""
+    return [point for point in attack["points"] if point["label"] != "before" and point["metrics"]]
 
 
 def _told(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,8 +254,7 @@ def _alone(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
     """{metric: point} of what rose where there is a reference, but no figure of it under this attack."""
     if not _referenced(before):
         return {}
-    start, back = _told(_start(attack, before)), came_back(attack, before)
-    after = [point for point in attack["points"] if point["label"] != "before"]
+    start, back, after = _told(_start(attack, before)), came_back(attack, before), _after(attack)
     rest = [metric for metric in start if metric not in back]
     return {metric: found for metric in rest if (found := _rose_alone(metric, start, after)) is not None}
 
@@ -327,6 +350,13 @@ def _summary(back: Sequence[str], alone: Sequence[str], tried: int, referenced: 
     elif not referenced:
         said += " How much the run still showed before the attacks is not known without a retrained model."
     return f"{said} Other attacks, or more examples, may."
+
+
+def _unheld(rose: Sequence[str], tried: int) -> str:
+    said = f"None of {tried} attacks raised a metric so far that its intervals are apart."
+    if rose:
+        said = f"{len(rose)} of {tried} attacks raised something: {', '.join(rose)}. It is no return: the model was not trained on them."
+    return f"{said} No forgetting was put to the test."
 
 
 def _number(estimate: Record) -> str:
