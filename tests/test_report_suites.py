@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fake_audit import write_fake_audit
 from fake_pictures import fake_pictures
 from fake_results import fake_results
 from fake_suites import NO_NORMS, NO_PARAPHRASE, NO_REFERENCE, fake_suites
@@ -118,13 +119,14 @@ def test_a_narrow_window_does_not_scroll_sideways_and_misses_no_figure(tmp_path)
     if browser is None:
         pytest.skip("no Chromium is installed to open the page with")
     (tmp_path / "run").mkdir()
+    write_fake_audit(tmp_path / "run")
     page_of(tmp_path / "run", drawn_quickly(fake_suites()))
     html = (tmp_path / "run" / "report" / "report.html").read_text("utf-8")
     start = html.index('<meta http-equiv="Content-Security-Policy"')  # it forbids the script that measures
     html = html[:start] + html[html.index(">", start) + 1 :]
     (tmp_path / "page.html").write_text(html.replace("</body>", MEASURE), "utf-8")
     (tmp_path / "frame.html").write_text(FRAME, "utf-8")  # a window of its own has at least 500 pixels
-    assert "390 wide, 0 of 2 broken" in opened(browser, tmp_path)
+    assert "390 wide, 0 of 6 broken" in opened(browser, tmp_path)
 
 
 def opened(browser: str, folder: Path) -> str:

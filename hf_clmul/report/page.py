@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.report import picture_grid
-from hf_clmul.report.audit import AttackTable, attack_tables
+from hf_clmul.report.answers import answers
+from hf_clmul.report.audit import AttackTable, attack_tables, general, referenced
 from hf_clmul.report.claims import claims, explained
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.settings import facts, text_of
@@ -87,7 +89,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Audit:
-    """What attacks brought back: a table and a picture each, and the verdict in words."""
+    """What attacks brought back: a table and a picture each, and what the verdict says of no single one."""
 
     attacks: list[tuple[AttackTable, Picture | None]]
     verdict: list[str]
@@ -101,12 +103,15 @@ def write_report(run: Path) -> Path:
     """
     from hf_clmul.paths import atomic_write
 
-    results = read_record(run)
+    audited = read_audit(run)
+    own = read_record(run)
+    results = referenced(own, audited)
     folder, tables, suites = run / "report", group_tables(results), suite_tables(results)
     page = rendered(
         _TEMPLATE,
         results=results,
         dash=DASH,
+        answers=answers(own, audited),
         model=model_name(results["model"]["path"]),
         summary=summary(results),
         key_figures=key_figures(results),
@@ -122,7 +127,7 @@ def write_report(run: Path) -> Path:
         bars=_bars(results, folder),
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
-        audit=_audit(run, folder),
+        audit=None if audited is None else _audit(audited, folder),
         samples=sample_groups(results),
         titles={table.key: table for table in tables},
         facts=facts(run, results),
@@ -167,14 +172,9 @@ def _stream(results: Record, folder: Path) -> Stream:
     )
 
 
-def _audit(run: Path, folder: Path) -> Audit | None:
-    """None where no attack was tried."""
-    from hf_clmul.evaluation.audit.record import read_audit
+def _audit(record: Record, folder: Path) -> Audit:
     from hf_clmul.report import audit_figure
 
-    record = read_audit(run)
-    if record is None:
-        return None
     attacks: list[tuple[AttackTable, Picture | None]] = []
     for attack, table in zip(record["attacks"], attack_tables(record), strict=True):
         drawn = None
@@ -193,7 +193,7 @@ def _audit(run: Path, folder: Path) -> Audit | None:
         if reference
         else f"Each attack on the finished model. There is no reference: {record['reference_missing']}."
     )
-    return Audit(attacks, list(record["verdict"]), told)
+    return Audit(attacks, general(record), told)
 
 
 def _grids(run: Path, results: Record, folder: Path) -> list[Picture]:

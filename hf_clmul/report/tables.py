@@ -122,6 +122,11 @@ class GroupTable:
     rows: tuple[MetricRow, ...]
     absent: tuple[str, ...] = ()
 
+    @property
+    def referenced(self) -> bool:
+        """Whether the reference has a figure of any metric."""
+        return any(row.reference != DASH for row in self.rows)
+
 
 @dataclass(frozen=True)
 class Sample:
