@@ -279,13 +279,12 @@ def compare(
 ) -> None:
     """Lay runs side by side: where each ended, and forgetting drawn against keeping."""
     with errors_explained(debug):
+        from hf_clmul.console_compare import comparison_tables
         from hf_clmul.report.compare import write_comparison
 
         found, page = write_comparison(run_folders, output)
-        table = Table(*found.columns)
-        for shown in found.runs:
-            table.add_row(*shown.cells)
-        console().print(table)
+        for table in comparison_tables(found):
+            console().print(table)
         for note in found.notes:
             say(note)
         say(f"comparison: {page}")
