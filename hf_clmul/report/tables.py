@@ -2,9 +2,9 @@
 of HTML, consoles or figures, and imports nothing heavy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 DASH = "–"
 FORGET, RETAIN, HELD_OUT = "forget", "retain", "held_out"
@@ -109,6 +109,13 @@ class MetricRow:
     note: tuple[str, ...] = ()
 
 
+class Absence(NamedTuple):
+    """Such as "Forget quality (before learning)" and "no reference"."""
+
+    what: str
+    why: str
+
+
 @dataclass(frozen=True)
 class GroupTable:
     """All metrics of a group, or of a suite, at all stages. `examples` has one entry a stage, and none of a suite; `absent` says of
@@ -120,7 +127,7 @@ class GroupTable:
     stages: tuple[str, ...]
     examples: tuple[str, ...]
     rows: tuple[MetricRow, ...]
-    absent: tuple[str, ...] = ()
+    absent: tuple[Absence, ...] = ()
 
     @property
     def referenced(self) -> bool:
@@ -329,8 +336,8 @@ def _note(entry: Mapping[str, Any], metric: str) -> tuple[str, ...]:
     return tuple(part for part in (format_interval(entry.get("intervals", {}).get(metric)), counted) if part)
 
 
-def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[str, ...]:
-    """Such as "Forget quality (before learning): no reference", the metrics with the same reason at the same stages together."""
+def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[Absence, ...]:
+    """The metrics that are absent for the same reason at the same stages together."""
     told = [i for i, stage in enumerate(results["stages"]) if name in stage.get(kind, {})]
     why: dict[tuple[str, str], list[int]] = {}
     for i, entry in enumerate(_entries(results, kind, name)):
@@ -342,9 +349,23 @@ def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[str, ..
         together.setdefault((reason, tuple(at)), []).append(metric_label(metric))
     titles = [stage["title"] for stage in results["stages"]]
     return tuple(
-        f"{'; '.join(labels)}{'' if list(at) == told else ' (' + '; '.join(titles[i] for i in at) + ')'}: {reason}"
+        Absence(
+            f"{'; '.join(labels)}{'' if list(at) == told else ' (' + '; '.join(titles[i] for i in at) + ')'}", reason
+        )
         for (reason, at), labels in together.items()
     )
+
+
+def absent_once(found: Iterable[tuple[str, Absence]]) -> list[str]:
+    """Each reason once, of (where, absence): "Absent: Truth ratio (Forget, Retain): no example has ..."."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for where, (what, why) in found:
+        reasons.setdefault(why, {}).setdefault(what, []).append(where)
+    told = {
+        why: "; ".join(f"{what} ({', '.join(places)})" for what, places in of_reason.items())
+        for why, of_reason in reasons.items()
+    }
+    return [f"Absent: {what}: {why}" for why, what in told.items()]
 
 
 def _count(stage: Mapping[str, Any], group: str) -> str:
