@@ -14,6 +14,7 @@ from hf_clmul.report import picture_grid
 from hf_clmul.report.answers import answers
 from hf_clmul.report.audit import AttackTable, attack_tables, general, referenced
 from hf_clmul.report.claims import claims, explained
+from hf_clmul.report.evaluations import evaluated
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.settings import facts, text_of
 from hf_clmul.report.stream import (
@@ -46,6 +47,7 @@ from hf_clmul.report.words import (
     near_neighbours,
     summary,
 )
+from hf_clmul.run.evaluation_record import read_evaluations
 from hf_clmul.run.results_schema import read_record
 
 _TEMPLATE = "report.html.j2"
@@ -99,7 +101,7 @@ class Audit:
 def write_report(run: Path) -> Path:
     """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
 
-    Raises RunError if RUN/results.json is missing, broken or of another version.
+    Raises RunError if RUN/results.json is missing, and if it, an audit or an evaluation is broken or of another version.
     """
     from hf_clmul.paths import atomic_write
 
@@ -127,6 +129,7 @@ def write_report(run: Path) -> Path:
         bars=_bars(results, folder),
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
+        evaluations=[evaluated(found, own["finished"]) for found in read_evaluations(run)],
         audit=None if audited is None else _audit(audited, folder),
         samples=sample_groups(results),
         titles={table.key: table for table in tables},

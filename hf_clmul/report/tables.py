@@ -54,6 +54,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "sampled_rouge_max": ("ROUGE-L recall of samples, largest", "of the answers drawn"),
     "leak_share": ("Share of leaks", "of the answers drawn"),
     "leak_bound": ("Leaks, upper bound", "on the probability of a leak"),
+    "leak_bound_overall": ("Leaks, upper bound of the mean", "on the mean probability of a leak"),
+    "mean_bound": ("Mean score, upper bound", "of the answers drawn"),
+    "quantile_bound": ("Score of most samples, upper bound", "of the answers drawn"),
     "lens_probability": ("Answer probability inside", "read off a layer"),
     "lens_hits": ("Right tokens inside", "share of the answer's tokens that a layer puts first"),
     "lens_reciprocal_rank": ("Reciprocal rank inside", "of the answer's tokens at a layer"),
@@ -65,8 +68,18 @@ METRICS: dict[str, tuple[str, str]] = {
         "harmonic mean of probability, ROUGE-L and truth ratio of three groups that stay",
     ),
     "forget_quality": ("Forget quality", "p-value that its truth ratios and the reference's are drawn alike"),
+    "verbatim_memorization": ("Verbatim memorization", "ROUGE-L F1 of how it goes on with forgotten passages"),
+    "knowledge_memorization": ("Knowledge memorization", "ROUGE-L F1 of answers on what is forgotten"),
+    "utility_preservation": ("Utility preservation", "ROUGE-L F1 of answers on what stays"),
     "privleak": ("PrivLeak", "percent; 0 as the reference, below 0 too little was forgotten, above 0 too much"),
 }
+_ASKED = {
+    "rouge_l_recall": "ROUGE-L recall",
+    "extraction_strength": "extraction strength",
+    "exact_memorization": "exact memorization",
+}
+for _key, _name in _ASKED.items():
+    METRICS[f"question_{_key}"] = (f"Question, {_name}", "of the question, asked for by its answer")
 _MEMBERSHIP = {
     "loss": "LOSS", "zlib": "Zlib", "min_k": "Min-k", "min_k_plus_plus": "Min-k++", "reference": "Reference attack",
     "grad_norm": "Gradient norm",
@@ -74,6 +87,9 @@ _MEMBERSHIP = {
 for _key, _name in _MEMBERSHIP.items():
     METRICS.setdefault(f"{_key}_auc", (f"{_name} AUC", "how well this attack tells the forgotten; 0.5 if not at all"))
     METRICS[f"{_key}_auc_gap"] = (f"{_name} AUC, gap", "distance to the reference's AUC")
+
+for _key in ("verbatim_memorization", "knowledge_memorization", "utility_preservation"):
+    METRICS[f"{_key}_gap"] = (f"{METRICS[_key][0]}, gap", "distance to the reference")
 
 # (title, what it says)
 SUITES: dict[str, tuple[str, str]] = {
@@ -361,11 +377,15 @@ def absent_once(found: Iterable[tuple[str, Absence]]) -> list[str]:
     reasons: dict[str, dict[str, list[str]]] = {}
     for where, (what, why) in found:
         reasons.setdefault(why, {}).setdefault(what, []).append(where)
-    told = {
-        why: "; ".join(f"{what} ({', '.join(places)})" for what, places in of_reason.items())
-        for why, of_reason in reasons.items()
-    }
-    return [f"Absent: {what}: {why}" for why, what in told.items()]
+    return [f"Absent: {_by_place(of_reason)}: {why}" for why, of_reason in reasons.items()]
+
+
+def _by_place(found: Mapping[str, Sequence[str]]) -> str:
+    """Such as "Truth ratio; PrivLeak (Forget, Retain)", of {what: places}."""
+    together: dict[str, list[str]] = {}
+    for what, places in found.items():
+        together.setdefault(", ".join(places), []).append(what)
+    return "; ".join(f"{'; '.join(some)} ({places})" for places, some in together.items())
 
 
 def _count(stage: Mapping[str, Any], group: str) -> str:
