@@ -18,7 +18,6 @@ from peft import PeftModel
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import SUITES
-from hf_clmul.evaluation.comparison import examples as measured_examples
 from hf_clmul.evaluation.suite_table import Tables, results
 from hf_clmul.evaluation.suites import Measuring, Row
 from hf_clmul.evaluation.tables import SUFFIX, read_table, write_table
@@ -32,6 +31,7 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
+from hf_clmul.run.comparison import examples as measured_examples
 from hf_clmul.run.evaluate_more import check_lm_eval, muse, of_harness, of_stream
 from hf_clmul.run.evaluation_record import FOLDER, SCHEMA
 from hf_clmul.run.folder import RunFolder
