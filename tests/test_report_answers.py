@@ -1,7 +1,9 @@
 """The two questions of a report: the answers are those of the records, and say no more than they do."""
 
+import json
+
 import pytest
-from fake_audit import estimate, fake_audit
+from fake_audit import estimate, fake_audit, write_fake_audit
 from fake_pictures import fake_pictures
 from fake_results import fake_results, write_fake_run
 from test_report import Page
@@ -99,6 +101,16 @@ def test_an_attack_with_metrics_of_its_own_stands_beside_the_reference(other, ma
     assert back.lines == (Line(mark, bad, "Many samples", found, "32 samples"),)
 
 
+def test_what_came_back_stands_first_and_what_was_not_tried_last():
+    audit = fake_audit()
+    relearn, quantize, removed = audit["attacks"]
+    calm = {**quantize, "attack": "prefix", "points": quantize["points"][:2]}
+    audit["attacks"] = [removed, calm, quantize, relearn]
+    _, back = both(fake_results(), audit)
+    titles = ["Quantization", "Relearning what was forgotten", "Making it begin the answer", "Taking the adapter off"]
+    assert [line.title for line in back.lines] == titles
+
+
 def test_of_pictures_what_is_still_drawn_is_told():
     before = {
         "unlearning_accuracy": {"run": estimate(0.9), "reference": estimate(0.95), "gap": estimate(0.05)},
@@ -120,6 +132,11 @@ def test_the_answers_stand_before_all_else_on_the_page(tmp_path):
         stage["log"] = None
         for group in stage["groups"].values():
             group["metrics"] = {"fluency": group["metrics"]["fluency"]}
-    page = Page(write_report(write_fake_run(tmp_path, results)).read_text("utf-8"))
+    audit = write_fake_audit(write_fake_run(tmp_path, results))
+    audit["attacks"] = [{**audit["attacks"][2], "attack": f"a{i}"} for i in range(9)]
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(audit))
+    page = Page(write_report(tmp_path).read_text("utf-8"))
     text = " ".join(page.text.split())
     assert text.index("Does it come back? Not tried") < text.index("What was asked and done") < text.index("Held out")
+    first, rest = text[text.index("Does it come back?") : text.index("What was asked and done")].split("3 more")
+    assert "A5" in first and "A6" not in first and "A8" in rest  # six of nine, then folded up

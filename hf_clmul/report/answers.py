@@ -24,7 +24,7 @@ from hf_clmul.report.tables import (
 
 Record = Mapping[str, Any]
 DISTANCE, RETURN = "How far from a model that never saw the data?", "Does it come back?"
-NOT_APART = "no sure gap"
+NOT_APART, NOT_TRIED = "no sure gap", "not tried"
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ def _recorded(results: Record, metric: str, entry: Record, gap: float) -> Line:
 def _return(audit: Record | None) -> Answer:
     if audit is None:
         told = "No attack was made on this model. `hf-clmul audit RUN` tries to bring back what was forgotten."
-        return Answer(RETURN, "not tried", told)
+        return Answer(RETURN, NOT_TRIED, told)
     tried = [attack for attack in audit["attacks"] if attack["absent"] is None]
-    lines = tuple(_line(attack, audit) for attack in audit["attacks"])
+    lines = tuple(sorted((_line(attack, audit) for attack in audit["attacks"]), key=_order))
     told = summary(
         audit["before"], audit["attacks"], audit["reference_missing"], lambda name: attack_title(name).lower()
     )
     if told is None:
-        return Answer(RETURN, "not tried", "No attack could be made on this model.", lines)
+        return Answer(RETURN, NOT_TRIED, "No attack could be made on this model.", lines)
     back, count = sum(bool(came_back(attack, audit["before"])) for attack in tried), _counted(len(tried), "attack")
     if not back:
         said = f"not for sure, after {count}"
@@ -118,11 +118,16 @@ def _return(audit: Record | None) -> Answer:
     return Answer(RETURN, said, told, lines)
 
 
+def _order(line: Line) -> int:
+    """What came back first, what was not tried last."""
+    return 0 if line.bad else 2 if line.mark == NOT_TRIED else 1
+
+
 def _line(attack: Record, audit: Record) -> Line:
     """The first metric that came back; where none did the first one, where it stands highest."""
     title, before = attack_title(attack["attack"]), audit["before"]
     if attack["absent"] is not None:
-        return Line("not tried", False, title, "", attack["absent"])
+        return Line(NOT_TRIED, False, title, "", attack["absent"])
     start = {metric: entry for metric, entry in start_of(attack, before).items() if metric not in FALLING}
     back = {metric: point for metric, point in came_back(attack, before).items() if metric in start}
     alone = rose_unmatched(attack, before)
