@@ -99,6 +99,13 @@ def test_a_curve_is_drawn_over_its_own_scale_with_the_reference_beside():
         assert below.get_title("left") == "ROUGE-L recall"
 
 
+@pytest.mark.parametrize(
+    ("name", "axis"), [("relearn", "steps"), ("logit_lens", "layer"), ("sample", "answers to each question")]
+)
+def test_the_scale_of_a_curve_has_its_name(name, axis):
+    assert attack_figure(fake_audit()["attacks"][0] | {"attack": name}, LIGHT).axes[-1].get_xlabel() == axis
+
+
 def test_a_point_that_sums_up_is_no_part_of_the_curve():
     relearn = fake_audit()["attacks"][0]
     whole = {"run": estimate(0.4), "reference": None, "gap": None}

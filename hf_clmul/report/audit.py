@@ -27,6 +27,8 @@ TITLES = {
     "patching": "Patching the layers",
     "inversion": "Inverting a token",
 }
+AXES = {"sample": "answers to each question", "logit_lens": "layer", "patching": "layer"}
+"""What the points of an attack are numbered by, where it is not steps of training."""
 LONG = 12
 """Points of a table that is folded up: of every layer of a model, say."""
 _WAYS = {"weights": "changes the weights", "question": "changes the question", "nothing": "only looks inside"}
