@@ -111,6 +111,17 @@ def test_what_came_back_stands_first_and_what_was_not_tried_last():
     assert [line.title for line in back.lines] == titles
 
 
+def test_an_attack_after_which_nothing_could_be_measured_is_not_counted():
+    audit = fake_audit()
+    relearn, *_ = audit["attacks"]
+    audit["attacks"] = [{**relearn, "points": [{**relearn["points"][1], "metrics": {}}]}, audit["attacks"][1]]
+    _, back = both(fake_results(), audit)
+    assert back.said == "yes, after 1 of 1 attack"
+    assert back.lines[1] == Line(
+        "no figures", False, "Relearning what was forgotten", "", "nothing was measured after it"
+    )
+
+
 def test_of_pictures_what_is_still_drawn_is_told():
     before = {
         "unlearning_accuracy": {"run": estimate(0.9), "reference": estimate(0.95), "gap": estimate(0.05)},

@@ -5,7 +5,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.evaluation.audit.verdict import FALLING, came_back, rose_unmatched, side, start_of, summary, telling
+from hf_clmul.evaluation.audit.verdict import (
+    FALLING,
+    came_back,
+    rose_unmatched,
+    side,
+    start_of,
+    summary,
+    telling,
+    tried,
+)
 from hf_clmul.report.audit import attack_title, shown
 from hf_clmul.report.claims import EXACT, claims, explained
 from hf_clmul.report.headlines import headline
@@ -101,14 +110,14 @@ def _return(audit: Record | None) -> Answer:
     if audit is None:
         told = "No attack was made on this model. `hf-clmul audit RUN` tries to bring back what was forgotten."
         return Answer(RETURN, NOT_TRIED, told)
-    tried = [attack for attack in audit["attacks"] if attack["absent"] is None]
+    told_of = tried(audit["attacks"])
     lines = tuple(sorted((_line(attack, audit) for attack in audit["attacks"]), key=_order))
     told = summary(
         audit["before"], audit["attacks"], audit["reference_missing"], lambda name: attack_title(name).lower()
     )
     if told is None:
         return Answer(RETURN, NOT_TRIED, "No attack could be made on this model.", lines)
-    back, count = sum(bool(came_back(attack, audit["before"])) for attack in tried), _counted(len(tried), "attack")
+    back, count = sum(bool(came_back(attack, audit["before"])) for attack in told_of), _counted(len(told_of), "attack")
     if not back:
         said = f"not for sure, after {count}"
     elif audit["reference"] is not None:

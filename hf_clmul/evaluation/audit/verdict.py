@@ -61,13 +61,18 @@ def summary(
     named: Callable[[str], str] = str,
 ) -> str | None:
     """The last sentence of the verdict: how many attacks brought something back, each as `named` calls it; None where none was tried."""
-    tried = [attack for attack in attacks if attack["absent"] is None]
-    if not tried or not before:
+    told = tried(attacks)
+    if not told or not before:
         return None
-    back = [attack for attack in tried if came_back(attack, before)]
-    alone = [attack for attack in tried if attack not in back and rose_unmatched(attack, before)]
+    back = [attack for attack in told if came_back(attack, before)]
+    alone = [attack for attack in told if attack not in back and rose_unmatched(attack, before)]
     names = ([named(attack["attack"]) for attack in some] for some in (back, alone))
-    return _summary(*names, len(tried), reference_missing is None, bool(there_before(before)))
+    return _summary(*names, len(told), reference_missing is None, bool(there_before(before)))
+
+
+def tried(attacks: Sequence[Record]) -> list[Record]:
+    """Those after which something was measured."""
+    return [a for a in attacks if any(point["label"] != "before" and point["metrics"] for point in a["points"])]
 
 
 def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
