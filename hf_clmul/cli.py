@@ -237,6 +237,7 @@ def evaluate(
     """Measure a run's exported model, or another model, with suites. What was measured before is read back."""
     with errors_explained(debug):
         from hf_clmul.run import evaluate as evaluation
+        from hf_clmul.run.evaluation_record import read_evaluation
 
         named = [name.strip() for name in suites.split(",") if name.strip()]
         files = evaluation.evaluate(target, recipe, overrides or (), named, reference, output)
@@ -244,8 +245,12 @@ def evaluate(
             from hf_clmul.cli_tables import evaluation_table
 
             for file in files:
-                console().print(evaluation_table(evaluation.read_evaluation(file)))
+                console().print(evaluation_table(read_evaluation(file)))
                 say(f"{file}")
+            if recipe is None and output is None:
+                from hf_clmul.report.page import write_report
+
+                say(f"report: {write_report(Path(target))}")
 
 
 @app.command()
@@ -279,13 +284,12 @@ def compare(
 ) -> None:
     """Lay runs side by side: where each ended, and forgetting drawn against keeping."""
     with errors_explained(debug):
+        from hf_clmul.console_compare import comparison_tables
         from hf_clmul.report.compare import write_comparison
 
         found, page = write_comparison(run_folders, output)
-        table = Table(*found.columns)
-        for shown in found.runs:
-            table.add_row(*shown.cells)
-        console().print(table)
+        for table in comparison_tables(found):
+            console().print(table)
         for note in found.notes:
             say(note)
         say(f"comparison: {page}")

@@ -1,11 +1,11 @@
-"""The tables of `hf-clmul ls`: what a recipe can name, one line each. It reads the tables of the packages and
-loads nothing else."""
+"""The tables of `hf-clmul ls`: what a recipe can name, one line each; and that of `hf-clmul evaluate`. It reads the tables of the
+packages and loads nothing else."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from hf_clmul.evaluation import SUITES
 from hf_clmul.evaluation.audit.attacks import attacks_of
@@ -15,6 +15,7 @@ from hf_clmul.objectives import terms_of
 from hf_clmul.objectives.penalties import PENALTIES
 from hf_clmul.recipe.checks import TERM_TABLES
 from hf_clmul.recipe.sources import builtin_names
+from hf_clmul.report.evaluations import evaluated
 
 _ROLES = {"forget": "forget terms", "retain": "retain terms", "learn": "learning terms", "memory": "memory terms"}
 NO_PAPER = "-"
@@ -42,15 +43,18 @@ def tables() -> Iterator[Table]:
 
 
 def evaluation_table(record: Mapping[str, Any]) -> Table:
-    """The values of a suite: a line for each metric of each group, with its interval and count, or why there is none."""
-    table = Table("group", "metric", "value", "95 % interval", "n", title=f"{record['target']}: {record['suite']}")
-    for group, entry in {**record["groups"], **{f"all ({name})": e for name, e in record["suites"].items()}}.items():
-        for name, value in entry["metrics"].items():
-            if value is None:
-                table.add_row(group, name, "absent", escape(entry["absent"][name]), "")  # formulas have brackets
-                continue
-            between = " to ".join(f"{bound:.3f}" for bound in entry["intervals"].get(name, ()))
-            table.add_row(group, name, f"{value:.4g}", between, str(entry["counts"][name]))
+    """The values of a suite, group by group, with intervals and counts; below them once why others are absent."""
+    found = evaluated(record)
+    caption = Text("\n".join((found.facts, *found.absent)))
+    table = Table(title=Text(f"{record['target']}: {found.name}"), caption=caption)
+    table.title_justify = table.caption_justify = "left"
+    for name in ("metric", "value", "95 % interval", "n"):
+        table.add_column(name, justify="left" if name == "metric" else "right", overflow="fold")
+    for title, values in found.parts.items():
+        table.add_section()
+        table.add_row(Text(title, style="bold"))
+        for one in values:
+            table.add_row(Text(f"  {one.label}"), one.value, one.interval, one.n)
     return table
 
 

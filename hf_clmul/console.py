@@ -18,11 +18,14 @@ from hf_clmul.report.stream import (
     stage_name,
 )
 from hf_clmul.report.tables import (
+    ABSENT,
     DASH,
     FORGET,
     HELD_OUT,
     RETAIN,
     GroupTable,
+    MetricRow,
+    absent_once,
     group_tables,
     group_title,
     has_unlearned,
@@ -74,13 +77,14 @@ def results_table(results: Mapping[str, Any]) -> "Table":
         table.add_section()
         sizes = ", ".join(dict.fromkeys(group.examples))
         table.add_row(Text(f"{group.title}, n = {sizes}", style=_STYLES.get(group.key, "bold")))
-        for row in group.rows:
+        for row in _present(group):
             cells = [row.values[i] for i in shown] + [row.reference] * referenced
             table.add_row(Text(f"  {row.label}"), *map(Text, cells))
     for suite in suite_tables(results):
-        table.add_section()
-        table.add_row(Text(suite.title, style="bold"))
-        for row in suite.rows:
+        if rows := _present(suite):
+            table.add_section()
+            table.add_row(Text(suite.title, style="bold"))
+        for row in rows:
             table.add_row(Text(f"  {row.label}"), *(Text(row.values[i]) for i in shown))
     return table
 
@@ -163,6 +167,11 @@ def _all_tables(results: Mapping[str, Any]) -> list[GroupTable]:
     return [*group_tables(results), *suite_tables(results)]
 
 
+def _present(table: GroupTable) -> list[MetricRow]:
+    """Without the metrics that are absent at every stage: the caption says why."""
+    return [row for row in table.rows if set(row.values) != {ABSENT}]
+
+
 def _caption(results: Mapping[str, Any], shown: int) -> str:
     lines = []
     if shown < len(results["stages"]):
@@ -172,5 +181,5 @@ def _caption(results: Mapping[str, Any], shown: int) -> str:
         lines.append(f"Source: {results['reference']['source']}")
     elif has_unlearned(results):
         lines.append("No figures of a model retrained without the forgotten data are recorded.")
-    lines += [f"Absent in {table.title}: {told}" for table in _all_tables(results) for told in table.absent]
+    lines += absent_once((table.title, told) for table in _all_tables(results) for told in table.absent)
     return "\n".join(lines)

@@ -1,27 +1,32 @@
-"""The table printed at the end of an audit, by rich. It knows the record and terminals, and no files."""
+"""The tables printed at the end of an audit, by rich. It knows the record and terminals, and no files."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_clmul.evaluation.audit.verdict import came_back, word
+from hf_clmul.evaluation.audit.verdict import came_back, telling, word
 from hf_clmul.report.tables import DASH
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+Record = Mapping[str, Any]
 
-def print_audit(record: Mapping[str, Any], console: "Console") -> None:
+
+def print_audit(record: Record, console: "Console") -> None:
     """Prints the figures, then the verdict."""
-    console.print()
-    console.print(audit_table(record))
+    for table in (audit_table(record), own_table(record)):
+        if table is not None:
+            console.print()
+            console.print(table)
     for sentence in record["verdict"]:
         console.print(f"- {sentence}", markup=False, highlight=False)
 
 
-def audit_table(record: Mapping[str, Any]) -> "Table":
-    """Attacks and their points as rows, metrics as columns: the run's value and, of a reference, its value under the same attack.
-    What came back is marked."""
+def audit_table(record: Record) -> "Table":
+    """Attacks and their points as rows, the metrics that were measured before any attack as columns: the run's value and, of a
+    reference, its value under the same attack. What came back is marked. Attacks that were not tried have no figures, and those
+    with figures of their own are in `own_table`."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -38,19 +43,48 @@ def audit_table(record: Mapping[str, Any]) -> "Table":
         table.add_column(Text(word(name)), justify="right", min_width=10, max_width=12, overflow="fold")
     table.add_row(Text("before attacks", style="bold"), *(_cell(record["before"].get(name)) for name in metrics))
     for attack in record["attacks"]:
+        points = [point for point in _after(attack) if set(point["metrics"]) & set(metrics)]
+        if not points:
+            continue
         table.add_section()
-        tried = Text("not tried", style="dim") if attack["absent"] is not None else ""
-        table.add_row(Text(attack["attack"], style="bold"), tried)
+        table.add_row(Text(attack["attack"], style="bold"))
         back = came_back(attack, record["before"])
-        for point in attack["points"]:
-            if point["label"] != "before":
-                marks = {name: "*" * (back.get(name) is point) for name in metrics}
-                cells = [_cell(point["metrics"].get(name), marks[name]) for name in metrics]
-                table.add_row(Text(f"  {point['label']}"), *cells)
+        for point in points:
+            marks = {name: "*" * (back.get(name) is point) for name in metrics}
+            cells = [_cell(point["metrics"].get(name), marks[name]) for name in metrics]
+            table.add_row(Text(f"  {point['label']}"), *cells)
     return table
 
 
-def _cell(entry: Mapping[str, Any] | None, mark: str = "") -> str:
+def own_table(record: Record) -> "Table | None":
+    """The metrics that only one attack has, at the point that tells most; None where there are none."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("measured by one attack alone"), title_justify="left", box=box.SIMPLE_HEAD)
+    columns = ("attack", "metric", "after", "run", "reference")[: 4 if record["reference"] is None else 5]
+    for name in columns:
+        table.add_column(name, justify="right" if name in columns[3:] else "left", overflow="fold")
+    for attack in record["attacks"]:
+        points = _after(attack)
+        metrics = dict.fromkeys(name for point in points for name in point["metrics"] if name not in record["before"])
+        first = attack["attack"]
+        for name in metrics:
+            point = telling(name, points)
+            entry = point["metrics"][name]
+            other = DASH if entry["reference"] is None else f"{entry['reference']['value']:.2f}"
+            cells = (word(name), point["label"], f"{entry['run']['value']:.2f}", other)
+            table.add_row(Text(first, style="bold"), *map(Text, cells[: len(columns) - 1]))
+            first = ""
+    return table if table.row_count else None
+
+
+def _after(attack: Record) -> list[Record]:
+    return [point for point in attack["points"] if point["label"] != "before"]
+
+
+def _cell(entry: Record | None, mark: str = "") -> str:
     if entry is None:
         return DASH
     other = "" if entry["reference"] is None else f"/{entry['reference']['value']:.2f}"

@@ -15,13 +15,13 @@ from transformers import PrinterCallback, ProgressCallback
 from hf_clmul import load_recipe
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.data.sources import encode_dataset
-from hf_clmul.evaluation.comparison import UTILITY, truth_ratios
 from hf_clmul.evaluation.metrics import aggregate, forget_quality, model_utility
 from hf_clmul.evaluation.suites import Measuring, fixed_sample, measure
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load
 from hf_clmul.plan.columns import groups, texts
 from hf_clmul.plan.steps import plan_steps
+from hf_clmul.run.comparison import UTILITY, truth_ratios
 from hf_clmul.trainer import ClmulTrainer
 from hf_clmul.training_args import ClmulConfig
 

@@ -14,8 +14,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from hf_clmul import load_recipe, run_recipe
-from hf_clmul.evaluation.comparison import compare
 from hf_clmul.paths import atomic_write, builtin_recipes
+from hf_clmul.run.comparison import compare
 
 METRICS = (
     "answer_probability",

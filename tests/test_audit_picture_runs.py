@@ -242,7 +242,7 @@ def test_tables_and_console_say_what_is_measured():
             {**asked, "generated": seen},
             {**asked, "question": "a seven", "generated": f"other {seen}"},
         ]
-    record = {"name": "n", "reference": None, "before": BEFORE, "attacks": [relearned]}
+    record = {"name": "n", "reference": None, "before": BEFORE, "attacks": [relearned], "verdict": []}
     (table,) = attack_tables(record)
     assert (table.title, table.metrics) == ("Relearning what was forgotten", ("UA", "Still drawn"))
     assert table.samples[0] == (

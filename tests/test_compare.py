@@ -1,12 +1,16 @@
 """Runs side by side: the numbers are the records', and what cannot be compared is refused or said."""
 
+import io
+
 import pytest
 from fake_audit import write_fake_audit
 from fake_results import fake_results, write_fake_run
+from rich.console import Console
 from test_report import Page, cells
 from typer.testing import CliRunner
 
 from hf_clmul.cli import app
+from hf_clmul.console_compare import comparison_tables
 from hf_clmul.errors import RunError
 from hf_clmul.report.compare import compare, efficient
 from hf_clmul.report.compare_figure import pareto_figure
@@ -79,6 +83,52 @@ def test_the_figure_fills_efficient_runs_and_marks_the_reference(tmp_path):
     assert [line.get_markerfacecolor() == "none" for line in dots] == [False, True, False]
     [cross] = [line for line in axes.lines if line.get_marker() == "X"]
     assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (0.1094, 0.9721)
+
+
+def test_the_reference_of_an_audit_is_a_line(tmp_path):
+    folders = [run(tmp_path / n, n, left, 0.9, reference=None) for n, left in (("a", 0.1187), ("b", 0.2))]
+    write_fake_audit(folders[0])
+    found = compare(folders)
+    gaps = [dict(zip(found.columns, r.cells, strict=True))["gap to reference"] for r in found.runs]
+    assert gaps == ["0.009", "–"]  # |0.1187 - 0.11|
+    assert found.reference == (0.11, None)
+    axes = pareto_figure(found, LIGHT).axes[0]
+    assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "--"] == [[0.11, 0.11]]
+    assert not [line for line in axes.lines if line.get_marker() == "X"]
+
+
+AT_80 = """\
+ run                                                          npo       ascent
+ ──────────────────────────────────────────────────────────────────────────────
+ how                                                  approximate  approximate
+ Answer probability, forget                                 0.120        0.010
+ ROUGE-L recall, forget                                     0.332        0.332
+ Answer probability, retain                                 0.950        0.400
+ ROUGE-L recall, retain                                     0.973        0.973
+ gap to reference                                           0.011        0.099
+ widest gap in the audit               0.800 (relearning what was            –
+                                             forgotten, 20 steps)
+ time                                                  5 min 12 s   5 min 12 s
+"""
+
+
+def test_in_a_terminal_runs_stand_side_by_side(tmp_path):
+    one, two = run(tmp_path / "a", "npo", 0.12, 0.95), run(tmp_path / "b", "ascent", 0.01, 0.4)
+    write_fake_audit(one)
+    console = Console(width=80, record=True, file=io.StringIO())
+    [table] = comparison_tables(compare([one, two]))
+    console.print(table)
+    assert lines(console.export_text()) == lines(AT_80)
+
+
+def lines(text):
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def test_of_many_runs_there_are_several_tables(tmp_path):
+    found = compare([run(tmp_path / f"run{i}", f"run{i}", 0.1, 0.9) for i in range(5)])
+    shown = [[str(column.header) for column in table.columns] for table in comparison_tables(found)]
+    assert shown == [["run", "run0", "run1", "run2", "run3"], ["run", "run4"]]
 
 
 def test_the_command_prints_the_table_and_writes_the_page(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from fake_results import fake_results
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.comparison import compare, examples
+from hf_clmul.run.comparison import compare, examples
 
 
 def write_run(folder: Path, ratios: list[float]) -> Path:

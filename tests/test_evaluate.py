@@ -14,7 +14,8 @@ from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.tables import read_table
 from hf_clmul.families import loaded as measuring
 from hf_clmul.run import chunks
-from hf_clmul.run.evaluate import evaluate, read_evaluation
+from hf_clmul.run.evaluate import evaluate
+from hf_clmul.run.evaluation_record import read_evaluation
 
 MORE = (
     "evaluation: {held_out: strangers,",
@@ -153,7 +154,9 @@ def test_the_harness_is_looked_for_before_anything_is_measured(run, monkeypatch)
 def test_the_command_prints_values_and_reasons(run):
     done = CliRunner().invoke(app, ["evaluate", str(run), "--suites", "tofu"])
     assert done.exit_code == 0, done.output
-    assert "model_utility" in done.output and "absent" in done.output and "tofu.json" in done.output
+    told = " ".join(done.output.split())
+    assert "Absent: Model utility (All groups): group `real_authors`" in told and "tofu.json" in told
+    assert "Suite tofu" in (run / "report" / "report.html").read_text("utf-8").partition('id="evaluations"')[2]
 
 
 def test_another_model_is_measured_with_a_recipe(run, tmp_path):
@@ -185,6 +188,10 @@ def test_bad_input_is_explained(run, tmp_path):
     for content, told in (
         ("{", "is no record of an evaluation"),
         (json.dumps({**record, "schema": 0}), "has schema 0"),
+        (
+            json.dumps({**record, "groups": {"forget": {"metrics": {}}}}),
+            "evaluation: groups.forget.examples: Field required",
+        ),
     ):
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(RunError, match=told):

@@ -130,6 +130,22 @@ def test_importing_the_package_imports_nothing_heavy(repo):
     assert run(sys.executable, "-c", code, cwd=repo).strip() == "[]"
 
 
+def test_evaluation_knows_nothing_of_runs_and_reports(repo):
+    """Data flow from run to evaluation by its arguments alone."""
+    found = {
+        f"{path.relative_to(repo)}: {name}"
+        for path in (repo / "hf_clmul" / "evaluation").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else _names(node))
+        if name.split(".")[:2] in (["hf_clmul", "run"], ["hf_clmul", "report"])
+    }
+    assert found == set()
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
 def test_public_names_are_the_objects_of_their_modules():
     from hf_clmul import trainer, training_args
     from hf_clmul.recipe import load as recipe

@@ -6,7 +6,7 @@ from fake_pictures import fake_pictures
 from fake_results import fake_results, write_fake_run
 from test_report import Page, cells
 
-from hf_clmul.report.audit import attack_tables, shown
+from hf_clmul.report.audit import attack_tables, general, referenced, shown
 from hf_clmul.report.audit_figure import attack_figure, describe_attack, is_curve
 from hf_clmul.report.figures import DARK, LIGHT
 from hf_clmul.report.headlines import headline
@@ -28,7 +28,7 @@ def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
         ("0.110", "0.090 to 0.140"),
         ("0.800", "0.780 to 0.830"),
     )
-    assert "steps 20, learning_rate 2e-05" in relearn.facts
+    assert "steps 20, learning rate 2e-05" in relearn.facts
     said = ("0 steps", "At 0 steps."), ("20 steps", "At 20 steps."), ("reference, 20 steps", "I do not know.")
     assert relearn.samples == (("Where was Wanjeri Muthokoi born?", "In Nyahururu.", said),)
     assert [label for label, _ in quantize.rows] == ["unchanged", "int8", "nf4"]
@@ -41,6 +41,54 @@ def test_a_card_of_an_attack_that_ended_early_says_why():
     shown = Audit([(table, None) for table in attack_tables(audit)], [], "")
     text = " ".join(rendered("report_audit.html.j2", audit=shown, said=headline(fake_results())).split())
     assert text.count("It ended early:") == 1 and "It ended early: the fine-tuning diverged at step 30</p>" in text
+
+
+def test_a_metric_has_no_rows_of_dashes_for_points_that_it_was_not_measured_at():
+    audit = fake_audit()
+    attack = audit["attacks"][0]
+    own = {"run": estimate(0.5), "reference": None, "gap": None}
+    attack["points"].append({"label": "summed up", "x": None, "metrics": {"leak_share": own}, "samples": []})
+    by_metric = dict(attack_tables(audit)[0].by_metric)
+    assert [label for label, _ in by_metric["ROUGE-L recall"]] == ["0 steps", "5 steps", "10 steps", "20 steps"]
+    assert by_metric["Share of leaks"] == [("summed up", (("0.500", "0.480 to 0.530"), ("–", ""), ("–", "")))]
+
+
+def test_every_metric_is_shown_and_long_tables_are_folded_up():
+    audit = fake_audit()
+    attack = audit["attacks"][0]
+    for one in attack["points"]:
+        one["metrics"] |= {f"metric_{i}": one["metrics"]["rouge_l_recall"] for i in range(5)}
+    table = attack_tables(audit)[0]
+    assert len(table.by_metric) == 7 and not table.long
+    attack["points"] *= 4  # 16
+    assert attack_tables(audit)[0].long
+
+
+def test_what_the_verdict_says_of_an_attack_stands_at_it_and_the_rest_above():
+    audit = fake_audit()
+    audit["verdict"] = [
+        "The gap was 0.009.",
+        "relearn: it came back.",
+        "1 of 2 attacks brought something back: relearn.",
+    ]
+    assert general(audit) == ["The gap was 0.009.", "1 of 2 attacks brought something back: relearn."]
+    assert [table.said for table in attack_tables(audit)] == [("It came back.",), (), ()]
+
+
+@pytest.mark.parametrize(("examples", "known"), [(16, True), (15, False)])
+def test_figures_of_the_reference_are_taken_from_an_audit_of_as_many_examples(examples, known):
+    results = fake_results() | {"reference": None}
+    results["stages"][-1]["groups"]["forget"]["examples"] = examples
+    found = referenced(results, fake_audit())["reference"]
+    figures = {"answer_probability": {"mean": 0.11, "std": None}, "rouge_l_recall": {"mean": 0.3, "std": None}}
+    source = "the audit, which measured quickstart-retrained on the same examples"
+    assert found == ({"groups": {"forget": figures}, "source": source} if known else None)
+
+
+def test_the_reference_of_a_run_is_its_own_before_that_of_an_audit():
+    assert referenced(fake_results(), fake_audit()) == fake_results()
+    alone = fake_results() | {"reference": None}
+    assert referenced(alone, None) == referenced(alone, fake_audit(reference=False)) == alone
 
 
 def test_without_a_reference_only_the_run_is_shown():
@@ -57,6 +105,13 @@ def test_a_curve_is_drawn_over_its_own_scale_with_the_reference_beside():
         assert list(run.get_xdata()) == [0, 5, 10, 20] and list(run.get_ydata()) == [0.119, 0.41, 0.73, 0.91]
         assert list(reference.get_ydata()) == [0.11] * 4
         assert below.get_title("left") == "ROUGE-L recall"
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("relearn", "steps"), ("logit_lens", "layer"), ("sample", "answers to each question")]
+)
+def test_the_scale_of_a_curve_has_its_name(name, axis):
+    assert attack_figure(fake_audit()["attacks"][0] | {"attack": name}, LIGHT).axes[-1].get_xlabel() == axis
 
 
 def test_a_point_that_sums_up_is_no_part_of_the_curve():
@@ -92,10 +147,12 @@ def test_the_page_shows_the_verdict_each_attack_and_why_one_was_not_tried(tmp_pa
     text = " ".join(page.text.split())
     assert "Relearning opens the gap to the reference from 0.009 to 0.800." in text
     assert "Not tried: the run left no adapter that could be taken off" in text
-    [table] = [t for t in page.tables if cells(t[0])[0] == "After" and cells(t[2])[0] == "0 steps"]
-    assert cells(table[0]) == ["After", "Answer probability", "ROUGE-L recall"]
-    assert cells(table[1]) == ["unlearned", "reference", "gap"] * 2
-    assert cells(table[5])[1] == "0.910 0.890 to 0.940"
+    tables = [t for t in page.tables if cells(t[0])[1:] == ["unlearned", "reference", "gap"]]
+    assert [cells(t[0])[0] for t in tables] == ["Answer probability", "ROUGE-L recall"] * 2  # relearn, quantize
+    assert [cells(row) for row in tables[0][1:5:3]] == [
+        ["0 steps", "0.119 0.099 to 0.149", "0.110 0.090 to 0.140", "0.009 0.000 to 0.039"],
+        ["20 steps", "0.910 0.890 to 0.940", "0.110 0.090 to 0.140", "0.800 0.780 to 0.830"],
+    ]
     images = [tag for tag in page.attributes("img") if (tag["alt"] or "").startswith("Relearning what was forgotten")]
     assert len(images) == 2 and (tmp_path / "report" / "audit-relearn.png").is_file()
 

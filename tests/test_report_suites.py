@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fake_audit import write_fake_audit
 from fake_pictures import fake_pictures
 from fake_results import fake_results
 from fake_suites import NO_NORMS, NO_PARAPHRASE, NO_REFERENCE, fake_suites
@@ -44,14 +45,14 @@ def test_an_absent_metric_is_called_so_with_its_reason_and_is_no_zero():
     *_, held_out = group_tables(fake_suites())
     found = row_of(held_out, "paraphrase_probability")
     assert (found.values, found.note) == (("absent",) * 3, ())
-    assert held_out.absent == (f"Paraphrase probability: {NO_PARAPHRASE}",)
+    assert held_out.absent == (("Paraphrase probability", NO_PARAPHRASE),)
 
 
 def test_metrics_that_are_absent_for_one_reason_stand_together():
     tofu, mia = suite_tables(fake_suites(referenced=False))
-    assert tofu.absent == (f"Forget quality: {NO_REFERENCE}",)
+    assert tofu.absent == (("Forget quality", NO_REFERENCE),)
     together = "LOSS AUC, gap; Zlib AUC, gap; Min-k AUC, gap; Min-k++ AUC, gap; PrivLeak"
-    assert mia.absent == (f"{together}: {NO_REFERENCE}", f"Gradient norm AUC; Gradient norm AUC, gap: {NO_NORMS}")
+    assert mia.absent == ((together, NO_REFERENCE), ("Gradient norm AUC; Gradient norm AUC, gap", NO_NORMS))
 
 
 def test_a_metric_that_is_absent_at_some_stages_names_them():
@@ -59,7 +60,7 @@ def test_a_metric_that_is_absent_at_some_stages_names_them():
     entry = results["stages"][0]["suites"]["tofu"]
     entry["metrics"]["forget_quality"], entry["absent"]["forget_quality"] = None, "nothing is forgotten"
     tofu, _ = suite_tables(results)
-    assert tofu.absent == ("Forget quality (before learning): nothing is forgotten",)
+    assert tofu.absent == (("Forget quality (before learning)", "nothing is forgotten"),)
     assert row_of(tofu, "forget_quality").values == ("absent", "0.019", "0.037")
 
 
@@ -84,12 +85,25 @@ def test_the_page_shows_suites_intervals_and_reasons(tmp_path):
     assert "the 95 % interval over its questions" in text
 
 
-def test_the_console_shows_suites_and_says_why_a_metric_is_absent():
-    text = printed(results_table(fake_suites(referenced=False)), 80)
+def test_the_console_says_once_why_a_metric_is_absent_and_has_no_rows_of_it():
+    results = fake_suites(referenced=False)
+    for stage in results["stages"]:
+        retain = stage["groups"]["retain"]
+        retain["metrics"]["paraphrase_probability"] = None
+        retain["absent"] = {"paraphrase_probability": NO_PARAPHRASE}
+    text = printed(results_table(results), 80)
     assert max(map(len, text.splitlines())) <= 80
     assert console_cells(text, "Model utility") == [["0.310", "0.510", "0.710"]]
-    assert console_cells(text, "Zlib AUC, gap") == [["absent"] * 3]
-    assert f"Absent in Suite tofu: Forget quality: {NO_REFERENCE}" in " ".join(text.split())
+    assert console_cells(text, "Zlib AUC, gap") == [] and "Gradient norm AUC" in text
+    assert [row[2] for row in console_cells(text, "Paraphrase probability")] == ["0.099"]  # of forget alone
+    told = " ".join(text[text.index("No figures") :].split())
+    gaps = "LOSS AUC, gap; Zlib AUC, gap; Min-k AUC, gap; Min-k++ AUC, gap; PrivLeak"
+    assert told == (
+        "No figures of a model retrained without the forgotten data are recorded. "
+        f"Absent: Paraphrase probability (Retain, Held out): {NO_PARAPHRASE} "
+        f"Absent: Forget quality (Suite tofu); {gaps} (Suite mia): {NO_REFERENCE} "
+        f"Absent: Gradient norm AUC; Gradient norm AUC, gap (Suite mia): {NO_NORMS}"
+    )
 
 
 def test_near_neighbours_are_named_with_who_chose_them(tmp_path):
@@ -118,13 +132,14 @@ def test_a_narrow_window_does_not_scroll_sideways_and_misses_no_figure(tmp_path)
     if browser is None:
         pytest.skip("no Chromium is installed to open the page with")
     (tmp_path / "run").mkdir()
+    write_fake_audit(tmp_path / "run")
     page_of(tmp_path / "run", drawn_quickly(fake_suites()))
     html = (tmp_path / "run" / "report" / "report.html").read_text("utf-8")
     start = html.index('<meta http-equiv="Content-Security-Policy"')  # it forbids the script that measures
     html = html[:start] + html[html.index(">", start) + 1 :]
     (tmp_path / "page.html").write_text(html.replace("</body>", MEASURE), "utf-8")
     (tmp_path / "frame.html").write_text(FRAME, "utf-8")  # a window of its own has at least 500 pixels
-    assert "390 wide, 0 of 2 broken" in opened(browser, tmp_path)
+    assert "390 wide, 0 of 6 broken" in opened(browser, tmp_path)
 
 
 def opened(browser: str, folder: Path) -> str:

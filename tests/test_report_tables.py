@@ -5,6 +5,7 @@ import math
 import pytest
 from fake_results import fake_results
 
+from hf_clmul.evaluation.audit.verdict import WORDS
 from hf_clmul.report import tables as report_tables
 
 
@@ -30,6 +31,11 @@ def test_values(value, shown):
 @pytest.mark.parametrize(("gap", "shown"), [(None, "–"), (0.0124, "+0.012"), (-0.2, "−0.200"), (-0.0001, "+0.000")])
 def test_gaps(gap, shown):
     assert report_tables.format_gap(gap) == shown
+
+
+def test_every_metric_of_an_audit_has_a_label():
+    assert set(WORDS) - set(report_tables.METRICS) == set()
+    assert report_tables.metric_label("question_rouge_l_recall") == "Question, ROUGE-L recall"
 
 
 def test_unknown_groups_and_metrics_come_last_and_are_named_plainly():

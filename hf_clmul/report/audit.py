@@ -1,11 +1,11 @@
 """From the record of an audit (audit/audit.json) to tables and words of a report. It knows nothing of HTML or figures, of models or
 of how attacks work, and imports nothing heavy."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.report.tables import DASH, format_interval, format_value, metric_label
+from hf_clmul.report.tables import DASH, FORGET, format_interval, format_value, has_unlearned, metric_label
 
 Record = Mapping[str, Any]
 
@@ -27,28 +27,66 @@ TITLES = {
     "patching": "Patching the layers",
     "inversion": "Inverting a token",
 }
-MOST = 4
-"""Metrics of a table: what the record names first says most."""
+AXES = {"sample": "answers to each question", "logit_lens": "layer", "patching": "layer"}
+"""What the points of an attack are numbered by, where it is not steps of training."""
+LONG = 12
+"""Points of a table that is folded up: of every layer of a model, say."""
 _WAYS = {"weights": "changes the weights", "question": "changes the question", "nothing": "only looks inside"}
 
 
+Row = tuple[str, tuple[tuple[str, str], ...]]
 Sample = tuple[str, str, tuple[tuple[str, str], ...]]
 
 
 @dataclass(frozen=True)
 class AttackTable:
-    """One attack. `rows` hold (label, cells), three cells for each of `metrics`: the run, the reference, the gap; the last one only
+    """One attack. `rows` hold (label, cells), three cells for each of `metrics`: the run, the reference, the gap; the last two only
     where there is a reference. `samples` are (question, true answer, ((after what, what was said), ...)). `absent` says why there
-    are no rows, `stopped` why there are no more of them."""
+    are no rows, `stopped` why there are no more of them; `said` is what the verdict says of it."""
 
     name: str
     title: str
     facts: str
     metrics: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    rows: tuple[Row, ...]
     samples: tuple[Sample, ...]
     absent: str | None
     stopped: str | None = None
+    said: tuple[str, ...] = ()
+
+    @property
+    def by_metric(self) -> list[tuple[str, list[Row]]]:
+        """(metric, rows with its own cells), without the points that it was not measured at."""
+        width = len(self.rows[0][1]) // len(self.metrics) if self.rows and self.metrics else 0
+        parts = [
+            [(label, cells[i * width : (i + 1) * width]) for label, cells in self.rows]
+            for i in range(len(self.metrics))
+        ]
+        return [
+            (metric, [(label, cells) for label, cells in rows if any(value != DASH for value, _ in cells)])
+            for metric, rows in zip(self.metrics, parts, strict=True)
+        ]
+
+    @property
+    def long(self) -> bool:
+        return len(self.rows) > LONG
+
+
+def referenced(results: Record, audit: Record | None) -> Record:
+    """The record of a run with the figures of the audit's reference where it has none of its own: of the forget group, and of metrics
+    that the audit measured on as many examples."""
+    group = results["stages"][-1]["groups"].get(FORGET) if has_unlearned(results) else None
+    if results["reference"] is not None or audit is None or audit["reference"] is None or group is None:
+        return results
+    found = {
+        metric: {"mean": entry["reference"]["value"], "std": None}
+        for metric, entry in audit["before"].items()
+        if entry["reference"] is not None and entry["reference"]["n"] == entry["run"]["n"] == group["examples"]
+    }
+    if not found:
+        return results
+    source = f"the audit, which measured {audit['reference']['name']} on the same examples"
+    return {**results, "reference": {"groups": {FORGET: found}, "source": source}}
 
 
 def attack_title(name: str) -> str:
@@ -62,7 +100,7 @@ def metrics_of(attack: Record) -> list[str]:
 
 def attack_tables(audit: Record) -> list[AttackTable]:
     """One table for each attack of the record, in its order."""
-    return [_table(attack, audit["reference"] is not None) for attack in audit["attacks"]]
+    return [_table(attack, audit["reference"] is not None, audit["verdict"]) for attack in audit["attacks"]]
 
 
 def shown(estimate: Record | None) -> tuple[str, str]:
@@ -73,8 +111,14 @@ def shown(estimate: Record | None) -> tuple[str, str]:
     return format_value(value), format_interval(None if low is None or high is None else (low, high))
 
 
-def _table(attack: Record, referenced: bool) -> AttackTable:
-    metrics = metrics_of(attack)[:MOST]
+def general(audit: Record) -> list[str]:
+    """What the verdict says of no single attack."""
+    names = {attack["attack"] for attack in audit["attacks"]}
+    return [sentence for sentence in audit["verdict"] if sentence.partition(":")[0] not in names]
+
+
+def _table(attack: Record, referenced: bool, verdict: Sequence[str]) -> AttackTable:
+    metrics, lead = metrics_of(attack), f"{attack['attack']}: "
     kinds = ("run", "reference", "gap") if referenced else ("run",)
     rows = tuple(
         (
@@ -92,13 +136,20 @@ def _table(attack: Record, referenced: bool) -> AttackTable:
         samples=tuple(_samples(attack["points"])),
         absent=attack["absent"],
         stopped=attack.get("stopped"),
+        said=tuple(_begun(sentence.removeprefix(lead)) for sentence in verdict if sentence.startswith(lead)),
     )
+
+
+def _begun(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _facts(attack: Record) -> str:
     from hf_clmul.report.words import format_bytes, format_seconds
 
-    options = ", ".join(f"{name} {_plain(value)}" for name, value in attack["parameters"].items() if value is not None)
+    options = ", ".join(
+        f"{name.replace('_', ' ')} {_plain(value)}" for name, value in attack["parameters"].items() if value is not None
+    )
     peak, seconds = attack["peak_memory_bytes"], attack["seconds"]
     cost = f"{format_seconds(seconds)}, peak memory {format_bytes(peak)}" if not attack["absent"] else ""
     way = _WAYS.get(attack["changes"], "")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_clmul.report.audit import metrics_of
+from hf_clmul.report.audit import AXES, metrics_of
 from hf_clmul.report.figures import Theme, new_figure, panel_title, short
 from hf_clmul.report.tables import format_value, metric_label
 
@@ -44,7 +44,7 @@ def attack_figure(attack: Mapping[str, Any], theme: Theme) -> Figure:
             axes.tick_params(axis="x", labelrotation=25 if len(attack["points"]) > 3 else 0, labelcolor=theme.ink)
             axes.set_xlim(-0.6, len(attack["points"]) - 0.4)
     if curve:
-        axes_of[-1].set_xlabel(str(attack.get("x_name") or "steps"), fontsize=8.5, color=theme.muted)
+        axes_of[-1].set_xlabel(AXES.get(attack["attack"], "steps"), fontsize=8.5, color=theme.muted)
         axes_of[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes_of[0].legend(fontsize=8, labelcolor=theme.muted, frameon=False, loc="best", handlelength=1.6)
     return figure

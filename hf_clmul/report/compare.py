@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation.audit.record import read_audit
-from hf_clmul.report.audit import attack_title
+from hf_clmul.report.audit import attack_title, referenced
 from hf_clmul.report.claims import claims
 from hf_clmul.report.headlines import Headline, headline
 from hf_clmul.report.page import picture_of, rendered
@@ -33,12 +33,13 @@ class Compared:
 @dataclass(frozen=True)
 class Comparison:
     """`columns` head the cells of the runs; `axes` are the labels of `left` and `kept`; `reference` is that pair of a retrained
-    model, if a run recorded one; `efficient` are the runs than which no other forgets more and keeps more."""
+    model, if a run recorded one (an audit's has no figure of what is kept: None); `efficient` are the runs than which no other
+    forgets more and keeps more."""
 
     columns: tuple[str, ...]
     runs: tuple[Compared, ...]
     axes: tuple[str, str]
-    reference: tuple[float, float] | None
+    reference: tuple[float, float | None] | None
     efficient: frozenset[int]
     notes: tuple[str, ...]
 
@@ -47,7 +48,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """Raises RunError for a run that is not complete, for fewer than two, and for runs of different families."""
     if len(folders) < 2:
         raise RunError("compare needs at least two run folders, such as runs/npo and runs/simnpo.")
-    records = [_complete(folder) for folder in folders]
+    audits = [read_audit(folder) for folder in folders]
+    records = [referenced(_complete(folder), audit) for folder, audit in zip(folders, audits, strict=True)]
     families = {record["model"].get("family", "causal_lm") for record in records}
     if len(families) > 1:
         raise RunError(
@@ -55,7 +57,6 @@ def compare(folders: Sequence[Path]) -> Comparison:
         )
     said = headline(records[0])
     columns, metrics = _columns(said)
-    audits = [read_audit(folder) for folder in folders]
     runs = tuple(
         _compared(record, audit, name, said, metrics)
         for record, audit, name in zip(records, audits, _names(folders, records), strict=True)
@@ -140,12 +141,20 @@ def _widest(audit: Record | None, metric: str) -> str:
     return f"{format_value(value)} ({told})" if kind == "gap" else f"no reference; {format_value(value)} ({told})"
 
 
-def _reference(records: Sequence[Record], said: Headline) -> tuple[float, float] | None:
+def _reference(records: Sequence[Record], said: Headline) -> tuple[float, float | None] | None:
+    """Of the first run that has both figures, else of the first that has the forget group's."""
+    found: list[tuple[float, float | None]] = []
     for record in records:
-        entries = reference_entry(record, FORGET, said.forgotten[0]), reference_entry(record, RETAIN, _kept(said))
-        if all(entry is not None and entry["mean"] is not None for entry in entries):
-            return _turned(said.forgotten[0], entries[0]["mean"]), entries[1]["mean"]
-    return None
+        left, kept = (
+            None if entry is None else entry["mean"]
+            for entry in (
+                reference_entry(record, FORGET, said.forgotten[0]),
+                reference_entry(record, RETAIN, _kept(said)),
+            )
+        )
+        if left is not None:
+            found.append((_turned(said.forgotten[0], left), kept))
+    return next((pair for pair in found if pair[1] is not None), found[0] if found else None)
 
 
 def _notes(records: Sequence[Record]) -> list[str]:

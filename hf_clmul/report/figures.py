@@ -313,7 +313,7 @@ def _bar(
 
 
 def _number(axes: Axes, x: float, height: float, value: float, theme: Theme) -> None:
-    shown = f"{value:.2f}" if value >= 0.005 else f"{value:.0e}"
+    shown = f"{value:.2f}" if value >= 0.005 else f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
     shown = "0" if value == 0 else "1" if shown == "1.00" else shown.removeprefix("0")
     place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
     axes.annotate(shown, (x, height), fontsize=7.5, color=theme.ink, **place)

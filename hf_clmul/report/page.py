@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.report import picture_grid
-from hf_clmul.report.audit import AttackTable, attack_tables
+from hf_clmul.report.answers import answers
+from hf_clmul.report.audit import AttackTable, attack_tables, general, referenced
 from hf_clmul.report.claims import claims, explained
+from hf_clmul.report.evaluations import evaluated
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.settings import facts, text_of
 from hf_clmul.report.stream import (
@@ -44,6 +47,7 @@ from hf_clmul.report.words import (
     near_neighbours,
     summary,
 )
+from hf_clmul.run.evaluation_record import read_evaluations
 from hf_clmul.run.results_schema import read_record
 
 _TEMPLATE = "report.html.j2"
@@ -87,7 +91,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Audit:
-    """What attacks brought back: a table and a picture each, and the verdict in words."""
+    """What attacks brought back: a table and a picture each, and what the verdict says of no single one."""
 
     attacks: list[tuple[AttackTable, Picture | None]]
     verdict: list[str]
@@ -97,16 +101,19 @@ class Audit:
 def write_report(run: Path) -> Path:
     """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
 
-    Raises RunError if RUN/results.json is missing, broken or of another version.
+    Raises RunError if RUN/results.json is missing, and if it, an audit or an evaluation is broken or of another version.
     """
     from hf_clmul.paths import atomic_write
 
-    results = read_record(run)
+    audited = read_audit(run)
+    own = read_record(run)
+    results = referenced(own, audited)
     folder, tables, suites = run / "report", group_tables(results), suite_tables(results)
     page = rendered(
         _TEMPLATE,
         results=results,
         dash=DASH,
+        answers=answers(own, audited),
         model=model_name(results["model"]["path"]),
         summary=summary(results),
         key_figures=key_figures(results),
@@ -122,7 +129,8 @@ def write_report(run: Path) -> Path:
         bars=_bars(results, folder),
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
-        audit=_audit(run, folder),
+        evaluations=[evaluated(found, own["finished"]) for found in read_evaluations(run)],
+        audit=None if audited is None else _audit(audited, folder),
         samples=sample_groups(results),
         titles={table.key: table for table in tables},
         facts=facts(run, results),
@@ -167,14 +175,9 @@ def _stream(results: Record, folder: Path) -> Stream:
     )
 
 
-def _audit(run: Path, folder: Path) -> Audit | None:
-    """None where no attack was tried."""
-    from hf_clmul.evaluation.audit.record import read_audit
+def _audit(record: Record, folder: Path) -> Audit:
     from hf_clmul.report import audit_figure
 
-    record = read_audit(run)
-    if record is None:
-        return None
     attacks: list[tuple[AttackTable, Picture | None]] = []
     for attack, table in zip(record["attacks"], attack_tables(record), strict=True):
         drawn = None
@@ -193,7 +196,7 @@ def _audit(run: Path, folder: Path) -> Audit | None:
         if reference
         else f"Each attack on the finished model. There is no reference: {record['reference_missing']}."
     )
-    return Audit(attacks, list(record["verdict"]), told)
+    return Audit(attacks, general(record), told)
 
 
 def _grids(run: Path, results: Record, folder: Path) -> list[Picture]:

@@ -21,8 +21,8 @@ def facts(run: Path, results: Record) -> dict[str, Facts]:
     return {
         "Run": _shown(
             {"recipe": results.get("source"), "revision of the recipe": results.get("source_revision")}
-            | {"command": results["command"], "seed": results["seed"], "created": results["created"]}
-            | {"finished": results["finished"], "time of all processes": format_seconds(results["seconds"])}
+            | {"seed": results["seed"], "created": results["created"], "finished": results["finished"]}
+            | {"time of all processes": format_seconds(results["seconds"])}
             | {"recipe SHA-256": results["recipe_sha256"], "ledger head": head, "ledger events": events}
         ),
         "Model": _shown(

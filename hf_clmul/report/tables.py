@@ -2,9 +2,9 @@
 of HTML, consoles or figures, and imports nothing heavy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 DASH = "–"
 FORGET, RETAIN, HELD_OUT = "forget", "retain", "held_out"
@@ -54,6 +54,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "sampled_rouge_max": ("ROUGE-L recall of samples, largest", "of the answers drawn"),
     "leak_share": ("Share of leaks", "of the answers drawn"),
     "leak_bound": ("Leaks, upper bound", "on the probability of a leak"),
+    "leak_bound_overall": ("Leaks, upper bound of the mean", "on the mean probability of a leak"),
+    "mean_bound": ("Mean score, upper bound", "of the answers drawn"),
+    "quantile_bound": ("Score of most samples, upper bound", "of the answers drawn"),
     "lens_probability": ("Answer probability inside", "read off a layer"),
     "lens_hits": ("Right tokens inside", "share of the answer's tokens that a layer puts first"),
     "lens_reciprocal_rank": ("Reciprocal rank inside", "of the answer's tokens at a layer"),
@@ -65,8 +68,18 @@ METRICS: dict[str, tuple[str, str]] = {
         "harmonic mean of probability, ROUGE-L and truth ratio of three groups that stay",
     ),
     "forget_quality": ("Forget quality", "p-value that its truth ratios and the reference's are drawn alike"),
+    "verbatim_memorization": ("Verbatim memorization", "ROUGE-L F1 of how it goes on with forgotten passages"),
+    "knowledge_memorization": ("Knowledge memorization", "ROUGE-L F1 of answers on what is forgotten"),
+    "utility_preservation": ("Utility preservation", "ROUGE-L F1 of answers on what stays"),
     "privleak": ("PrivLeak", "percent; 0 as the reference, below 0 too little was forgotten, above 0 too much"),
 }
+_ASKED = {
+    "rouge_l_recall": "ROUGE-L recall",
+    "extraction_strength": "extraction strength",
+    "exact_memorization": "exact memorization",
+}
+for _key, _name in _ASKED.items():
+    METRICS[f"question_{_key}"] = (f"Question, {_name}", "of the question, asked for by its answer")
 _MEMBERSHIP = {
     "loss": "LOSS", "zlib": "Zlib", "min_k": "Min-k", "min_k_plus_plus": "Min-k++", "reference": "Reference attack",
     "grad_norm": "Gradient norm",
@@ -74,6 +87,9 @@ _MEMBERSHIP = {
 for _key, _name in _MEMBERSHIP.items():
     METRICS.setdefault(f"{_key}_auc", (f"{_name} AUC", "how well this attack tells the forgotten; 0.5 if not at all"))
     METRICS[f"{_key}_auc_gap"] = (f"{_name} AUC, gap", "distance to the reference's AUC")
+
+for _key in ("verbatim_memorization", "knowledge_memorization", "utility_preservation"):
+    METRICS[f"{_key}_gap"] = (f"{METRICS[_key][0]}, gap", "distance to the reference")
 
 # (title, what it says)
 SUITES: dict[str, tuple[str, str]] = {
@@ -109,6 +125,13 @@ class MetricRow:
     note: tuple[str, ...] = ()
 
 
+class Absence(NamedTuple):
+    """Such as "Forget quality (before learning)" and "no reference"."""
+
+    what: str
+    why: str
+
+
 @dataclass(frozen=True)
 class GroupTable:
     """All metrics of a group, or of a suite, at all stages. `examples` has one entry a stage, and none of a suite; `absent` says of
@@ -120,7 +143,12 @@ class GroupTable:
     stages: tuple[str, ...]
     examples: tuple[str, ...]
     rows: tuple[MetricRow, ...]
-    absent: tuple[str, ...] = ()
+    absent: tuple[Absence, ...] = ()
+
+    @property
+    def referenced(self) -> bool:
+        """Whether the reference has a figure of any metric."""
+        return any(row.reference != DASH for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -324,8 +352,8 @@ def _note(entry: Mapping[str, Any], metric: str) -> tuple[str, ...]:
     return tuple(part for part in (format_interval(entry.get("intervals", {}).get(metric)), counted) if part)
 
 
-def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[str, ...]:
-    """Such as "Forget quality (before learning): no reference", the metrics with the same reason at the same stages together."""
+def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[Absence, ...]:
+    """The metrics that are absent for the same reason at the same stages together."""
     told = [i for i, stage in enumerate(results["stages"]) if name in stage.get(kind, {})]
     why: dict[tuple[str, str], list[int]] = {}
     for i, entry in enumerate(_entries(results, kind, name)):
@@ -337,9 +365,27 @@ def _absences(results: Mapping[str, Any], kind: str, name: str) -> tuple[str, ..
         together.setdefault((reason, tuple(at)), []).append(metric_label(metric))
     titles = [stage["title"] for stage in results["stages"]]
     return tuple(
-        f"{'; '.join(labels)}{'' if list(at) == told else ' (' + '; '.join(titles[i] for i in at) + ')'}: {reason}"
+        Absence(
+            f"{'; '.join(labels)}{'' if list(at) == told else ' (' + '; '.join(titles[i] for i in at) + ')'}", reason
+        )
         for (reason, at), labels in together.items()
     )
+
+
+def absent_once(found: Iterable[tuple[str, Absence]]) -> list[str]:
+    """Each reason once, of (where, absence): "Absent: Truth ratio (Forget, Retain): no example has ..."."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for where, (what, why) in found:
+        reasons.setdefault(why, {}).setdefault(what, []).append(where)
+    return [f"Absent: {_by_place(of_reason)}: {why}" for why, of_reason in reasons.items()]
+
+
+def _by_place(found: Mapping[str, Sequence[str]]) -> str:
+    """Such as "Truth ratio; PrivLeak (Forget, Retain)", of {what: places}."""
+    together: dict[str, list[str]] = {}
+    for what, places in found.items():
+        together.setdefault(", ".join(places), []).append(what)
+    return "; ".join(f"{'; '.join(some)} ({places})" for places, some in together.items())
 
 
 def _count(stage: Mapping[str, Any], group: str) -> str:

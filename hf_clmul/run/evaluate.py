@@ -18,7 +18,6 @@ from peft import PeftModel
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import SUITES
-from hf_clmul.evaluation.comparison import examples as measured_examples
 from hf_clmul.evaluation.suite_table import Tables, results
 from hf_clmul.evaluation.suites import Measuring, Row
 from hf_clmul.evaluation.tables import SUFFIX, read_table, write_table
@@ -32,7 +31,9 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
+from hf_clmul.run.comparison import examples as measured_examples
 from hf_clmul.run.evaluate_more import check_lm_eval, muse, of_harness, of_stream
+from hf_clmul.run.evaluation_record import FOLDER, SCHEMA
 from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.measuring import measuring, plain
@@ -42,8 +43,7 @@ from hf_clmul.run.results import hardware, versions
 from hf_clmul.run.results_schema import complete_record, read_record
 from hf_clmul.run.retrained import references
 
-SCHEMA = 1
-FOLDER, TABLES, REFERENCE = "evaluation", "tables", "reference-"
+TABLES, REFERENCE = "tables", "reference-"
 COLUMNS = ("logps", "hits", "token_means", "generated")  # of every table
 
 
@@ -194,22 +194,6 @@ def _of_reference(root: Path) -> Subject:
 def _about(subject: Subject, how: Measuring) -> dict[str, Any]:
     """What the rows of a table depend on, beside the example."""
     return {"model": subject.identity, "settings": plain(how)}
-
-
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """A record that `evaluate` wrote. Raises RunError for a damaged one, and one of another version."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        schema = found["schema"]
-        found["suite"], found["groups"], found["suites"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no record of an evaluation ({error!r}). Give `hf-clmul evaluate` again.") from error
-    if schema != SCHEMA:
-        raise RunError(
-            f"{path} has schema {schema!r}, and this version reads {SCHEMA}. Give `hf-clmul evaluate` again: what was "
-            "measured is read back."
-        )
-    return found
 
 
 def _check_run(root: Path) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from hf_clmul.data.sources import Example
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.comparison import examples
 from hf_clmul.evaluation.metrics import Row
 from hf_clmul.evaluation.suites import shown
 from hf_clmul.ledger.scan_text import ERASED
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.recipe.sources import AUTO
+from hf_clmul.run.comparison import examples
 from hf_clmul.run.folder import COMPLETE
 from hf_clmul.run.log import quiet_libraries
 from hf_clmul.run.reference import (

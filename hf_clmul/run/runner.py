@@ -16,7 +16,6 @@ from peft import PeftModel
 
 from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.evaluation.comparison import examples
 from hf_clmul.evaluation.stream import stream_metrics, stream_record
 from hf_clmul.evaluation.suite_table import Tables
 from hf_clmul.families.loaders import load_of
@@ -36,6 +35,7 @@ from hf_clmul.run import carried
 from hf_clmul.run.audit import audit_after
 from hf_clmul.run.audit_families import prepared
 from hf_clmul.run.closing import close
+from hf_clmul.run.comparison import examples
 from hf_clmul.run.export import REPORT, Wanted, export
 from hf_clmul.run.folder import COMPLETE, RunFolder, recipe_sha256
 from hf_clmul.run.ledger import RunLedger, check_ledger

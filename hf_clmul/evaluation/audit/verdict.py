@@ -1,7 +1,7 @@
 """The verdict in words, from the record alone. A sentence states numbers, and says that something came back only where intervals
 are apart; it never says that something is gone. It knows metrics by name, and no attack."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -57,14 +57,32 @@ def verdict(
     if there:
         said.append(_already(there, referenced, held))
     said += [sentence for attack in attacks for sentence in _of_attack(attack, before, held)]
-    tried = [attack for attack in attacks if _after(attack)]
-    if tried:
-        back = [attack["attack"] for attack in tried if came_back(attack, before)]
-        alone = [attack["attack"] for attack in tried if attack["attack"] not in back and _alone(attack, before)]
-        said.append(
-            _summary(back, alone, len(tried), referenced, bool(there)) if held else _unheld([*back, *alone], len(tried))
-        )
-    return said
+    last = summary(before, attacks, reference_missing, held=held)
+    return said if last is None else [*said, last]
+
+
+def summary(
+    before: Mapping[str, Any],
+    attacks: Sequence[Record],
+    reference_missing: str | None,
+    named: Callable[[str], str] = str,
+    held: bool = True,
+) -> str | None:
+    """The last sentence of the verdict: how many attacks brought something back, each as `named` calls it; None where none was tried."""
+    told = tried(attacks)
+    if not told or not before:
+        return None
+    back = [attack for attack in told if came_back(attack, before)]
+    alone = [attack for attack in told if attack not in back and rose_unmatched(attack, before)]
+    names = [[named(attack["attack"]) for attack in some] for some in (back, alone)]
+    if not held:
+        return _unheld(sum(names, []), len(told))
+    return _summary(*names, len(told), reference_missing is None, bool(there_before(before)))
+
+
+def tried(attacks: Sequence[Record]) -> list[Record]:
+    """Those after which something was measured."""
+    return [attack for attack in attacks if _after(attack)]
 
 
 def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
@@ -75,7 +93,7 @@ def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
     """
     found: dict[str, Record] = {}
     referenced = _referenced(before)
-    for metric, entry in _start(attack, before).items():
+    for metric, entry in start_of(attack, before).items():
         start = _rising(metric, entry)
         turned = [(p, _rising(metric, p["metrics"][metric])) for p in attack["points"] if metric in p["metrics"]]
         back = [(point, now) for point, now in turned if _is_back(start, now, referenced)]
@@ -105,7 +123,7 @@ def there_before(before: Mapping[str, Any]) -> list[str]:
         metric
         for metric, entry in before.items()
         if metric not in FALLING
-        and (_side(entry) == "above" if entry["reference"] is not None else CEILING <= entry["run"]["value"] <= 1)
+        and (side(entry) == "above" if entry["reference"] is not None else CEILING <= entry["run"]["value"] <= 1)
     ]
 
 
@@ -137,7 +155,7 @@ def _above(now: Record, start: Record) -> bool:
     return now["low"] is not None and start["high"] is not None and now["low"] > start["high"]
 
 
-def _side(entry: Record) -> str | None:
+def side(entry: Record) -> str | None:
     """Whether the run lies "above" or "below" the reference, or they "cannot be told apart"; None without intervals."""
     run, reference, gap = entry["run"], entry["reference"], entry["gap"]
     if gap is not None:
@@ -162,7 +180,7 @@ def _over(entry: Record) -> float:
     return entry["run"]["value"] - entry["reference"]["value"]
 
 
-def _start(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
+def start_of(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an attack starts from: its own first point, which may be of fewer examples, else what was measured before all."""
     first = next((point for point in attack["points"] if point["label"] == "before"), None)
     return before if first is None else first["metrics"]
@@ -216,11 +234,11 @@ def _of_attack(attack: Record, before: Mapping[str, Any], held: bool) -> Iterato
 
 def _found(attack: Record, before: Mapping[str, Any], after: Sequence[Record], held: bool) -> Iterator[str]:
     name, referenced = attack["attack"], _referenced(before)
-    start, back = (_told(found) for found in (_start(attack, before), came_back(attack, before)))
+    start, back = (_told(found) for found in (start_of(attack, before), came_back(attack, before)))
     for metric, point in back.items():
         rose = "came back" if referenced and held else "rose"
         yield f"{name}: {word(metric)} {rose}: {_change(metric, start, point)}."
-    alone = _alone(attack, before)
+    alone = rose_unmatched(attack, before)
     for metric, point in alone.items():
         change = _change(metric, start, point)
         yield f"{name}: {word(metric)} rose: {change}; the retrained model has no figure under this attack to compare with."
@@ -250,16 +268,16 @@ def _told(found: Mapping[str, Any]) -> dict[str, Any]:
     return {metric: value for metric, value in found.items() if metric not in FALLING}
 
 
-def _alone(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
+def rose_unmatched(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
     """{metric: point} of what rose where there is a reference, but no figure of it under this attack."""
     if not _referenced(before):
         return {}
-    start, back, after = _told(_start(attack, before)), came_back(attack, before), _after(attack)
+    start, back, after = _told(start_of(attack, before)), came_back(attack, before), _after(attack)
     rest = [metric for metric in start if metric not in back]
-    return {metric: found for metric in rest if (found := _rose_alone(metric, start, after)) is not None}
+    return {metric: found for metric in rest if (found := _rose_for_sure(metric, start, after)) is not None}
 
 
-def _rose_alone(metric: str, start: Mapping[str, Any], after: Sequence[Record]) -> Record | None:
+def _rose_for_sure(metric: str, start: Mapping[str, Any], after: Sequence[Record]) -> Record | None:
     """The highest point of the run where it rose for sure and there is nothing of the reference beside it."""
     found = [
         point
@@ -275,7 +293,7 @@ def _own(name: str, metrics: Sequence[str], points: Sequence[Record], referenced
     """Metrics that only the attack has, so that there is nothing before it to compare with: the run beside the reference."""
     found: dict[str | None, list[str]] = {}
     for metric in metrics:
-        point = _telling(metric, points)
+        point = telling(metric, points)
         entry = point["metrics"][metric]
         if metric == DEPTH:
             yield (
@@ -291,26 +309,26 @@ def _own(name: str, metrics: Sequence[str], points: Sequence[Record], referenced
         said += (
             f"; gap {_number(entry['gap'])})" if entry["gap"] is not None and metric not in WITHOUT_INTERVAL else ")"
         )
-        side = None if metric in WITHOUT_INTERVAL else _side(entry)
-        found.setdefault(side, []).append(said)
-    for side, parts in found.items():
+        where = None if metric in WITHOUT_INTERVAL else side(entry)
+        found.setdefault(where, []).append(said)
+    for where, parts in found.items():
         listed = "; ".join(parts)
-        if side == "alone":
+        if where == "alone":
             missing = "has no such figure" if referenced else "is missing"
             yield f"{name}: {listed}. The retrained model to compare with {missing}."
-        elif side is None:
+        elif where is None:
             yield f"{name}: beside the retrained model, without intervals that would tell chance: {listed}."
-        elif side == "cannot be told apart":
+        elif where == "cannot be told apart":
             yield f"{name}: cannot be told apart from the retrained model: {listed}."
         else:
-            yield f"{name}: {side} the retrained model: {listed}."
+            yield f"{name}: {where} the retrained model: {listed}."
 
 
 def _metrics(points: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(metric for point in points for metric in point["metrics"]))
 
 
-def _telling(metric: str, points: Sequence[Record]) -> Record:
+def telling(metric: str, points: Sequence[Record]) -> Record:
     """The last point that has the metric; of layers the one where run and reference are furthest apart, if that is known."""
     having = [point for point in points if metric in point["metrics"]]
     gaps = [point for point in having if point["metrics"][metric]["gap"] is not None]

@@ -1,0 +1,195 @@
+"""The two questions of every run that unlearned something, answered first: how far is it from a model that never saw the data, and does
+it come back? From the records of a run and of its audit to words and numbers; it knows nothing of pages."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_clmul.evaluation.audit.verdict import (
+    FALLING,
+    came_back,
+    rose_unmatched,
+    side,
+    start_of,
+    summary,
+    telling,
+    tried,
+)
+from hf_clmul.report.audit import attack_title, shown
+from hf_clmul.report.claims import EXACT, claims, explained
+from hf_clmul.report.headlines import headline
+from hf_clmul.report.tables import (
+    FORGET,
+    format_gap,
+    format_reference,
+    format_value,
+    gap_to_reference,
+    has_unlearned,
+    metric_in_text,
+    metric_label,
+    metric_value,
+    reference_entry,
+)
+
+Record = Mapping[str, Any]
+DISTANCE, RETURN = "How far from a model that never saw the data?", "Does it come back?"
+NOT_APART, NOT_TRIED = "no sure gap", "not tried"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A metric, or an attack: `mark` is the verdict in a word or two, `bad` whether it is one against the run."""
+
+    mark: str
+    bad: bool
+    title: str
+    found: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`said` in a few words that begin small, `told` in a sentence or two, and what both rest on."""
+
+    question: str
+    said: str
+    told: str
+    lines: tuple[Line, ...] = ()
+
+
+def answers(results: Record, audit: Record | None) -> list[Answer]:
+    """Both answers; none for a run that unlearned nothing."""
+    return [_distance(results, audit), _return(audit)] if has_unlearned(results) else []
+
+
+def _distance(results: Record, audit: Record | None) -> Answer:
+    beside = {} if audit is None else {m: e for m, e in audit["before"].items() if m not in FALLING and e["gap"]}
+    made = claims(results)
+    if beside:
+        sides = {metric: side(entry) for metric, entry in beside.items()}
+        apart = sum(where in ("above", "below") for where in sides.values())
+        said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if apart == 1 else 'differ'}"
+        told = (
+            f"Of the forgotten examples, beside the retrained model ({audit['reference']['name']}), before any attack. Above: the run "
+            "shows more of them than a model that never saw them; below: less, which shows that something was removed."
+        )
+        return Answer(DISTANCE, said, told, tuple(_beside(metric, beside[metric], sides[metric]) for metric in beside))
+    entries = {
+        m: e
+        for m in headline(results).forgotten
+        if (e := reference_entry(results, FORGET, m)) and e["mean"] is not None
+    }
+    gaps = {metric: gap for metric in entries if (gap := gap_to_reference(results, FORGET, metric)) is not None}
+    if gaps:
+        lines = tuple(_recorded(results, metric, entries[metric], gap) for metric, gap in gaps.items())
+        told = (
+            "On the forget group, beside the retrained model. Whether such gaps are chance is not known from one run."
+        )
+        return Answer(DISTANCE, f"gap of {max(map(abs, gaps.values())):.3f}{' at most' * (len(gaps) > 1)}", told, lines)
+    if made and all(claim in EXACT for claim in made):
+        return Answer(DISTANCE, "exact", " ".join(explained(claim) for claim in made))
+    told = "No figures of a model retrained without the forgotten data are recorded. `hf-clmul reference` trains one."
+    return Answer(DISTANCE, "not known", told)
+
+
+def _beside(metric: str, entry: Record, where: str | None) -> Line:
+    run, other, (gap, between) = shown(entry["run"])[0], shown(entry["reference"])[0], shown(entry["gap"])
+    mark = NOT_APART if where == "cannot be told apart" else where or "no interval"
+    note = f"gap {gap}{f' (95 %: {between})' if between else ''}"
+    return Line(mark, where == "above", metric_label(metric), f"{run}, retrained {other}", note)
+
+
+def _recorded(results: Record, metric: str, entry: Record, gap: float) -> Line:
+    now = format_value(metric_value(results["stages"][-1], FORGET, metric))
+    mark = "above" if gap > 0 else "below" if gap < 0 else "equal"
+    found = f"{now}, retrained {format_reference(entry)}"
+    return Line(mark, False, metric_label(metric), found, f"gap {format_gap(gap)}")
+
+
+def _return(audit: Record | None) -> Answer:
+    if audit is None:
+        told = "No attack was made on this model. `hf-clmul audit RUN` tries to bring back what was forgotten."
+        return Answer(RETURN, NOT_TRIED, told)
+    told_of = tried(audit["attacks"])
+    lines = tuple(sorted((_line(attack, audit) for attack in audit["attacks"]), key=_order))
+    held = audit.get("held", True)  # not known of an audit from before it was recorded
+    told = summary(
+        audit["before"], audit["attacks"], audit["reference_missing"], lambda name: attack_title(name).lower(), held
+    )
+    if told is None:
+        return Answer(RETURN, NOT_TRIED, "No attack could be made on this model.", lines)
+    back, count = sum(bool(came_back(attack, audit["before"])) for attack in told_of), _counted(len(told_of), "attack")
+    told = " ".join([*audit.get("scope", ()), told])
+    if not held:
+        said = "nothing was there to come back"
+    elif not back:
+        said = f"not for sure, after {count}"
+    elif audit["reference"] is not None:
+        said = f"yes, after {back} of {count}"
+    else:
+        said = f"perhaps: {back} of {count} raised something"
+    return Answer(RETURN, said, told, lines)
+
+
+def _order(line: Line) -> int:
+    """What came back first, what was not tried last."""
+    return 0 if line.bad else 2 if line.mark == NOT_TRIED else 1
+
+
+def _line(attack: Record, audit: Record) -> Line:
+    """The first metric that came back; where none did the first one, where it stands highest."""
+    title, before, held = attack_title(attack["attack"]), audit["before"], audit.get("held", True)
+    if attack["absent"] is not None:
+        return Line(NOT_TRIED, False, title, "", attack["absent"])
+    start = {metric: entry for metric, entry in start_of(attack, before).items() if metric not in FALLING}
+    back = {metric: point for metric, point in came_back(attack, before).items() if metric in start}
+    alone = rose_unmatched(attack, before)
+    for found, mark, bad in (
+        (back, "came back" if audit["reference"] is not None and held else "rose", held),
+        (alone, "rose", False),
+        (dict(_highest(attack, start)), "no sure rise", False),
+    ):
+        for metric, point in found.items():
+            return _change(mark, bad, title, metric, start[metric], point)
+    return _only_after(attack, title)
+
+
+def _highest(attack: Record, start: Record) -> Iterator[tuple[str, Record]]:
+    after = [point for point in attack["points"] if point["label"] != "before"]
+    for metric in start:
+        points = [point for point in after if metric in point["metrics"]]
+        if points:
+            yield metric, max(points, key=lambda point: point["metrics"][metric]["run"]["value"])
+
+
+def _change(mark: str, bad: bool, title: str, metric: str, start: Record, point: Record) -> Line:
+    now = point["metrics"][metric]
+    found = f"{metric_in_text(metric)} {shown(start['run'])[0]} → {shown(now['run'])[0]}"
+    if now["reference"] is not None:
+        found += f", retrained {shown(now['reference'])[0]}"
+    note = point["label"]
+    if start["gap"] is not None and now["gap"] is not None:
+        note += f"; gap {shown(start['gap'])[0]} → {shown(now['gap'])[0]}"
+    return Line(mark, bad, title, found, note)
+
+
+def _only_after(attack: Record, title: str) -> Line:
+    """Of an attack whose metrics there are only under it, so that there is nothing before it."""
+    metrics = dict.fromkeys(
+        metric for point in attack["points"] for metric in point["metrics"] if metric not in FALLING
+    )
+    if not metrics:
+        return Line("no figures", False, title, "", "nothing was measured after it")
+    metric = next(iter(metrics))
+    point = telling(metric, attack["points"])
+    entry = point["metrics"][metric]
+    where = side(entry) if entry["reference"] is not None else None
+    found = f"{metric_in_text(metric)} {shown(entry['run'])[0]}"
+    if entry["reference"] is not None:
+        found += f", retrained {shown(entry['reference'])[0]}"
+    mark = {None: "not judged", "cannot be told apart": NOT_APART}.get(where, where)
+    return Line(mark, where == "above", title, found, point["label"])
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
