@@ -243,6 +243,10 @@ def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
     two = patch.object(auditing, "PartialState", lambda: SimpleNamespace(num_processes=2))
     with two, RunFolder(run).locked(), pytest.raises(RunError, match="takes one process"):
         audit_run(run)  # another process has the lock, and what it says is not the trouble
+    shutil.move(run / "recipe.yaml", tmp_path / "recipe.yaml")
+    with pytest.raises(RunError, match=r"there is no recipe\.yaml"):
+        audit_run(run)
+    shutil.move(tmp_path / "recipe.yaml", run / "recipe.yaml")
     results = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**results, "status": "running"}))
     with pytest.raises(RunError, match="is not complete"):

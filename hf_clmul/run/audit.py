@@ -313,10 +313,11 @@ def _whole_key(override: str) -> str:
 
 def _results(folder: RunFolder) -> dict[str, Any]:
     """results.json of a complete run. Raises RunError for anything else."""
-    if not folder.results.is_file() or not folder.recipe.is_file():
-        raise RunError(
-            f"{folder.root} is no run folder: there is no results.json in it. Give the folder of a run, such as runs/quickstart."
-        )
+    for file in (folder.results, folder.recipe):
+        if not file.is_file():
+            raise RunError(
+                f"{folder.root} is no run folder: there is no {file.name} in it. Give the folder of a run, such as runs/quickstart."
+            )
     results = read_record(folder.root)
     if results["status"] != COMPLETE or not folder.model.is_dir():
         raise RunError(
