@@ -138,6 +138,20 @@ def test_where_there_is_none_the_reason_is_said(tmp_path, old, new, reason):
     assert said is None if new == "" and "unlearn" in old else reason in said
 
 
+def test_a_column_of_several_kinds_is_kept_for_what_measures_it(tmp_path):
+    """Probes of an audit may be texts or questions with answers, which no parquet table holds side by side."""
+    probes = ["Who is it?", {"question": "Complete: it is", "answer": "Bo."}]
+    rows = [{"id": f"R{i}", "question": f"Q{i}?", "answer": f"A{i}.", "reworded_questions": probes} for i in range(3)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(
+        tmp_path, "full", ("{path: builtin:invented_people, persons: 2}", "{path: all.jsonl}"),
+        ("where: {person: [P02]}", "ids: [R1]"),
+    )  # fmt: skip
+    derived = reference_recipe(recipe)
+    held = groups(derived, plan_steps(derived))["forget"]
+    assert held == [rows[1]] and reference_recipe(recipe) == derived
+
+
 def test_rows_of_several_formats_are_refused(tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Line {i}."}) + "\n" for i in range(3)))
     more = "\n  - learn: {task: texts, data: texts}\n  - unlearn: {name: two, from: texts, ids: [texts-1]}\nlearning: {"

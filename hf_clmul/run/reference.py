@@ -2,6 +2,7 @@
 is, what it depends on, and where it lies once it was trained. It knows recipes, plans and folders; models only by their files."""
 
 import io
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
@@ -166,7 +167,9 @@ def _without(recipe: Recipe) -> tuple[Recipe, list[Example]]:
             "request, which the run measures as its stage `base`."
         )
     kept = recipe.evaluation.model_copy(update={"forget": None, "reference": None})
-    used = {request.data for request in requests} | set(untrained(recipe.model_copy(update={"evaluation": kept})).values())
+    used = {request.data for request in requests} | set(
+        untrained(recipe.model_copy(update={"evaluation": kept})).values()
+    )
     rows, most = _measured(recipe, steps, whole)
     derived = recipe.model_copy(update={
         "name": f"{recipe.name}-reference", "seed": 0, "requests": requests,
@@ -310,13 +313,21 @@ def _rows_file(rows: Sequence[Example]) -> Path:
             f"{shown(content(odd))}, and are measured from one table. Give them the same columns."
         )
     file = references_folder() / f"{FORGOTTEN}-{digest(list(rows))[:16]}.parquet"
-    if not file.is_file():
-        import pyarrow
-        from pyarrow import parquet
+    lines = file.with_suffix(".jsonl")
+    if file.is_file() or lines.is_file():
+        return file if file.is_file() else lines
+    import pyarrow
+    from pyarrow import parquet
 
-        held = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_pylist([{c: row.get(c) for c in every} for row in rows]), held)
-        atomic_write(file, held.getvalue())
+    whole, held = [{column: row.get(column) for column in every} for row in rows], io.BytesIO()
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist(whole), held)
+    except (
+        pyarrow.ArrowException
+    ):  # a column with values of several kinds, such as probes that are texts or questions with answers
+        atomic_write(lines, "".join(json.dumps(row) + "\n" for row in whole))
+        return lines
+    atomic_write(file, held.getvalue())
     return file
 
 

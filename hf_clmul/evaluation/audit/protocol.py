@@ -29,14 +29,15 @@ class Point:
     values   {metric: a value for each forget example, in order; None where it has none}: their mean is the metric
     against  {metric: (scores of the forget examples, scores of the held-out ones)}: the metric is the AUC, 0.5 where the two cannot
              be told apart, 1 where the forget examples look like members
-    samples  some {"question", "answer", "generated"}
+    samples  some {"question", "answer", "generated"}, of texts with their "id", by which a scan knows an example that is asked in
+             other words
     """
 
     label: str
     values: Mapping[str, Sequence[float | None]]
     x: float | None = None
     against: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    samples: Sequence[Mapping[str, str]] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 class Absent(Exception):
