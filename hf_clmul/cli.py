@@ -243,9 +243,16 @@ def evaluate(
         if is_main_process():
             from hf_clmul.cli_tables import evaluation_table
 
-            for file in files:
-                console().print(evaluation_table(evaluation.read_evaluation(file)))
+            records = [evaluation.read_evaluation(file) for file in files]
+            for file, record in zip(files, records, strict=True):
+                console().print(evaluation_table(record))
                 say(f"{file}")
+            if empty := [record["suite"] for record in records if not evaluation.has_numbers(record)]:
+                say(
+                    f"nothing could be measured by {', '.join(empty)}: the reasons stand beside each metric",
+                    stderr=True,
+                )
+                raise typer.Exit(1)
 
 
 @app.command()
