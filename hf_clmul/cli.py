@@ -237,20 +237,27 @@ def evaluate(
     """Measure a run's exported model, or another model, with suites. What was measured before is read back."""
     with errors_explained(debug):
         from hf_clmul.run import evaluate as evaluation
-        from hf_clmul.run.evaluation_record import read_evaluation
+        from hf_clmul.run.evaluation_record import has_numbers, read_evaluation
 
         named = [name.strip() for name in suites.split(",") if name.strip()]
         files = evaluation.evaluate(target, recipe, overrides or (), named, reference, output)
         if is_main_process():
             from hf_clmul.cli_tables import evaluation_table
 
-            for file in files:
-                console().print(evaluation_table(read_evaluation(file)))
+            records = [read_evaluation(file) for file in files]
+            for file, record in zip(files, records, strict=True):
+                console().print(evaluation_table(record))
                 say(f"{file}")
             if recipe is None and output is None:
                 from hf_clmul.report.page import write_report
 
                 say(f"report: {write_report(Path(target))}")
+            if empty := [record["suite"] for record in records if not has_numbers(record)]:
+                say(
+                    f"nothing could be measured by {', '.join(empty)}: the reasons stand beside each metric",
+                    stderr=True,
+                )
+                raise typer.Exit(1)
 
 
 @app.command()

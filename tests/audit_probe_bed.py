@@ -55,5 +55,5 @@ class Subject:
         how = Measuring(batch_size=self.batch_size, max_new_tokens=4, bf16=False)
         rows = measure(self.model, self.tokenizer, {"rows": examples}, how)["rows"]
         values = {name: [metric(row) for row in rows] for name, metric in MEASURED.items()}
-        samples = [{key: row[key] for key in ("question", "answer", "generated")} for row in rows[:2]]
+        samples = [{key: row[key] for key in ("id", "question", "answer", "generated")} for row in rows[:2]]
         return Point(label, values, x, samples=samples)

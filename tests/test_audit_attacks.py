@@ -266,6 +266,7 @@ def test_a_point_has_a_value_for_each_example_and_asks_as_told():
     assert [len(side) for side in point.against["min_k_auc"]] == [4, 3] and len(point.samples) == 3
     asked = attacked.measure("asked", forget=[{**fact, "question": "Really?"} for fact in FACTS])
     assert not asked.against and asked.samples[0]["question"] == "Really?"
+    assert [sample["id"] for sample in asked.samples] == [fact["id"] for fact in FACTS[:3]]
     assert asked.values["answer_probability"] != point.values["answer_probability"]
 
 

@@ -73,7 +73,7 @@ def test_the_forced_beginning_stands_before_what_is_scored_and_generated():
     ids = tokenizer(begun)["input_ids"]
     expected = causal_lm.generate(model, tokenizer, [ids], 4)[0]
     assert points[0].samples[0] == {
-        "question": f"{PAIRS[0][0]}\n{PHRASES[0]}", "answer": PAIRS[0][1], "generated": expected,
+        "id": "q0", "question": f"{PAIRS[0][0]}\n{PHRASES[0]}", "answer": PAIRS[0][1], "generated": expected,
     }  # fmt: skip
     assert len(run(prefix, phrases=["Yes:", "Of course."])[0]) == 3
 

@@ -116,7 +116,12 @@ def test_the_answers_are_those_of_their_seeds_however_they_are_batched():
     scores = [rouge_l_recall({"answer": PAIRS[1][1], "generated": text}) for text in texts]
     assert len(set(texts)) == 5
     assert whole[-1].values["sampled_rouge_mean"][1] == pytest.approx(np.mean(scores))
-    best = {"question": PAIRS[1][0], "answer": PAIRS[1][1], "generated": texts[int(np.argmax(scores))]}
+    best = {
+        "id": forget[1]["id"],
+        "question": PAIRS[1][0],
+        "answer": PAIRS[1][1],
+        "generated": texts[int(np.argmax(scores))],
+    }
     assert whole[-1].samples[1] == best and len(whole[-1].samples) == 3
     other = list(sample(subject, AuditData(forget), 8, samples=1, max_new_tokens=8))
     assert other[0].samples != whole[0].samples

@@ -1,6 +1,7 @@
 """`hf-clmul evaluate`: a finished run measured again gives what the run says; tables are read back; bad input is explained."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,33 @@ def test_bad_input_is_explained(run, tmp_path):
     with pytest.raises(RunError, match="cannot be read as a table of measured examples"):
         evaluate(str(run), suites=["basic"])
     table.write_bytes(whole)
+
+
+def test_a_table_of_other_examples_is_not_taken_for_this_groups(run, tmp_path):
+    evaluate(str(run), suites=["basic"], output=tmp_path)
+    (retain,), (forget,) = ((tmp_path / "tables").glob(f"{name}-*") for name in ("retain", "forget"))
+    forget.write_bytes(retain.read_bytes())
+    with pytest.raises(RunError, match="has rows of other examples than those of the group 'forget'. Delete it"):
+        evaluate(str(run), suites=["basic"], output=tmp_path)
+    forget.unlink()
+    evaluate(str(run), suites=["basic"], output=tmp_path)
+
+
+def test_a_reference_that_measured_other_examples_is_refused(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    file = other / "requests" / LAST / "examples.jsonl"
+    file.write_text(file.read_text().replace('"P02-3"', '"X02-3"'))
+    with pytest.raises(RunError, match="is a reference of other data: 1 of the run's 8 examples were not measured"):
+        evaluate(str(run), suites=["tofu"], reference=other, output=tmp_path / "out")
+
+
+def test_a_suite_that_finds_no_number_ends_the_command_with_an_error(run, tmp_path):
+    arguments = ["evaluate", str(run), "evaluation.held_out=null", "--output", str(tmp_path)]
+    found = CliRunner().invoke(app, [*arguments, "--suites", "basic,mia"])
+    assert found.exit_code == 1 and "nothing could be measured by mia: the reasons stand" in found.stderr
+    assert set(read_evaluation(tmp_path / "mia.json")["suites"]["mia"]["metrics"].values()) == {None}
+    assert CliRunner().invoke(app, [*arguments, "--suites", "basic"]).exit_code == 0
 
 
 def test_a_further_group_that_is_learned_is_refused(tmp_path):

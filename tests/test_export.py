@@ -113,6 +113,35 @@ def test_a_whole_model_is_exported_to_the_bit(base, tmp_path):
         "tokenizer_config.json")}  # fmt: skip
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_outputs_of_equal_weights_may_differ_by_a_rounding_and_of_others_may_not(base, tmp_path, monkeypatch, changed):
+    """Weights that were read back lie elsewhere in memory, and matrix products then add in another order."""
+    model = tiny_llama(vocab=AutoTokenizer.from_pretrained(base).vocab_size, seed=5)
+    loaded, outputs, load_back = (
+        Loaded(model, AutoTokenizer.from_pretrained(base), None),
+        Loaded.outputs,
+        Loaded.load_back,
+    )
+
+    def elsewhere(self: Loaded, one: torch.nn.Module, probe: list[list[int]]) -> torch.Tensor:
+        return outputs(self, model, probe) + (0.0 if one is model else 1e-7)
+
+    def read(self: Loaded, *arguments: object) -> torch.nn.Module:
+        back = load_back(self, *arguments)
+        with torch.no_grad():
+            back.model.norm.weight[0] += 1e-6 if changed else 0.0
+        return back
+
+    monkeypatch.setattr(Loaded, "outputs", elsewhere)
+    monkeypatch.setattr(Loaded, "load_back", read)
+    if changed:
+        with pytest.raises(RunError, match="differs from the trained one by .*allowed: 0"):
+            export(loaded, model, RunFolder(tmp_path), Wanted(), "", PROBE)
+    else:
+        found = export(loaded, model, RunFolder(tmp_path), Wanted(), "", PROBE)
+        assert 0 < found["max_difference"] < 1e-6 and found["tolerance"] == exporting.TOLERANCE[torch.float32]
+
+
 def without_alpha(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["lora_alpha"]

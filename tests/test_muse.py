@@ -96,13 +96,14 @@ def test_groups_are_passages_and_questions():
     question, other = {"question": "q", "answer": "a"}, {"question": "p", "answer": "b"}
     long = "h " * 300
     found = groups_of(
-        {"forget": [{"text": "a b c d"}, question, {"text": ""}, {"text": long}], "retain": [other]}, tokenizer
+        {"forget": [{"id": 7, "text": "a b c d"}, question, {"text": ""}, {"text": long}], "retain": [other]}, tokenizer
     )
     short, cut = found["forget_verbatim"]
     assert short["prompt"] + short["completion"] == "a b c d" and len(tokenizer(short["prompt"])["input_ids"]) == (
         len(tokenizer("a b c d")["input_ids"]) // 2
     )
     assert len(tokenizer(cut["prompt"])["input_ids"]) == PROMPT_TOKENS
+    assert short["id"] == 7, "by which a scan knows what is left of the passage"
     assert found["forget_knowledge"] == [question] and found["retain_knowledge"] == [other]
     named = groups_of({"forget": [{"text": "a b c d"}], "forget_knowledge": [other]}, tokenizer)
     assert named["forget_knowledge"] == [other] and named["retain_knowledge"] == []

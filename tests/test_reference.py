@@ -1,6 +1,7 @@
 """Which recipe a reference is, and what its fingerprint depends on: plans alone, nothing is trained."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_clmul.plan.columns import evaluated, groups
 from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import Recipe, dump_recipe, load_recipe
 from hf_clmul.run import reference as module
+from hf_clmul.run.measuring import measuring
 from hf_clmul.run.reference import about_reference, fingerprint, found_reference, reference_recipe
 
 
@@ -138,6 +140,20 @@ def test_where_there_is_none_the_reason_is_said(tmp_path, old, new, reason):
     assert said is None if new == "" and "unlearn" in old else reason in said
 
 
+def test_a_column_of_several_kinds_is_kept_for_what_measures_it(tmp_path):
+    """Probes of an audit may be texts or questions with answers, which no parquet table holds side by side."""
+    probes = ["Who is it?", {"question": "Complete: it is", "answer": "Bo."}]
+    rows = [{"id": f"R{i}", "question": f"Q{i}?", "answer": f"A{i}.", "reworded_questions": probes} for i in range(3)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_of(
+        tmp_path, "full", ("{path: builtin:invented_people, persons: 2}", "{path: all.jsonl}"),
+        ("where: {person: [P02]}", "ids: [R1]"),
+    )  # fmt: skip
+    derived = reference_recipe(recipe)
+    held = groups(derived, plan_steps(derived))["forget"]
+    assert held == [rows[1]] and reference_recipe(recipe) == derived
+
+
 def test_rows_of_several_formats_are_refused(tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": f"Line {i}."}) + "\n" for i in range(3)))
     more = "\n  - learn: {task: texts, data: texts}\n  - unlearn: {name: two, from: texts, ids: [texts-1]}\nlearning: {"
@@ -157,6 +173,11 @@ SAME = [
     ("where: {person: [P02]}", "ids: [P02-1, P02-2, P02-3, P02-4, P02-5, P02-6, P02-7, P02-8]"),
     ("name: small\n", "name: small\nseed: 7\n"),
     ("name: small\n", "name: small\nteacher: ema\n"),
+    ("name: small\n", "name: small\nmemory: {size: 4}\n"),  # into which nothing looks
+    ("name: small\n", "name: small\naudit: {after_run: true, attacks: {relearn: {steps: 2}}}\n"),
+    ("\nunlearning: {", "\nexport: {merge: false, private: false}\nunlearning: {penalties: {l2_sp: {}}, "),
+    ("logging_steps: 1", "logging_steps: 1, dataloader_num_workers: 1, ddp_timeout: 60, hub_strategy: end, do_train: true"),
+    ("logging_steps: 1", "logging_steps: 1, per_device_eval_batch_size: 3, include_for_metrics: [inputs]"),
 ]  # fmt: skip
 OTHER = [
     ("where: {person: [P02]}", "where: {person: [P01]}"),
@@ -168,6 +189,13 @@ OTHER = [
     ("max_examples: 2", "max_examples: 3"),
     ("held_out: strangers, ", ""),
     ("\nlearning: {training", "\nlearning: {learn: {nll: {weight: 2.0}}, training"),
+    ("\nlearning: {training", "\nlearning: {penalties: {l2_sp: {}}, training"),
+    ("\nlearning: {training", "\nlearning: {conflict: pcgrad, training"),
+    ("logging_steps: 1", "logging_steps: 1, bf16: true"),
+    ("logging_steps: 1", "logging_steps: 1, dataloader_drop_last: true"),
+    ("max_steps: 4", "max_steps: 4, max_length: 4096"),  # with which the run measures
+    ("evaluation: {", "evaluation: {groups: {world: strangers}, "),
+    ("evaluation: {", "evaluation: {max_length: 64, "),
 ]
 
 
@@ -181,6 +209,28 @@ def test_the_fingerprint_leaves_out_what_moves_no_weight(tmp_path, change):
 def test_the_fingerprint_follows_what_does(tmp_path, change):
     before = recipe_of(tmp_path)
     assert fingerprint(recipe_of(tmp_path, "full", change)) != fingerprint(before)
+
+
+MEASURED = [
+    ("learning", "bf16: true"), ("unlearning", "bf16: true"), ("learning", "max_length: 64"), ("unlearning", "max_length: 4096"),
+    ("unlearning", "max_length: null"), ("", "bf16: true"), ("", "max_length: null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "field"), MEASURED, ids=" ".join)
+def test_it_is_measured_as_the_run_which_has_more_requests_to_follow(tmp_path, section, field):
+    old = f"\n{section}: {{training: {{" if section else "\ntraining: {"
+    recipe = recipe_of(tmp_path, "full", (old, f"{old}{field}, "))
+    how, own = measuring(recipe), measuring(reference_recipe(recipe))
+    assert replace(how, max_length=how.max_length or own.max_length) == own
+    assert how.max_length or own.max_length in (None, 10**9)
+
+
+def test_in_which_precision_it_is_measured_is_part_of_the_fingerprint(tmp_path):
+    both = recipe_of(tmp_path, "full", ("logging_steps: 1", "logging_steps: 1, bf16: true"))
+    one = recipe_of(tmp_path, "full", ("\nlearning: {training: {", "\nlearning: {training: {bf16: true, "))
+    assert measuring(both).bf16 and not measuring(one).bf16
+    assert fingerprint(both) != fingerprint(one)
 
 
 def test_the_fingerprint_follows_contents_and_not_places(tmp_path, monkeypatch):

@@ -42,18 +42,20 @@ def groups_of(groups: Mapping[str, Sequence[Mapping[str, Any]]], tokenizer: Any)
     """The examples of each group of TOKENS, from those of a recipe: passages (plain `text`) to go on with, and questions. Groups of
     a recipe that have these very names are taken as they are."""
     forget, retain = (groups.get(name, ()) for name in ("forget", "retain"))
-    passages = [row["text"] for row in forget if example_format(row) == ("text",)]
+    passages = [row for row in forget if example_format(row) == ("text",)]
     found = {
-        "forget_verbatim": [whole for text in passages if (whole := _cut(text, tokenizer)) is not None],
+        "forget_verbatim": [cut for row in passages if (cut := _cut(row, tokenizer)) is not None],
         "forget_knowledge": [row for row in forget if example_format(row) != ("text",)],
         "retain_knowledge": [row for row in retain if example_format(row) != ("text",)],
     }
     return {name: list(groups.get(name, rows)) for name, rows in found.items()}
 
 
-def _cut(text: str, tokenizer: Any) -> dict[str, str] | None:
-    length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return verbatim_example(text, tokenizer, min(PROMPT_TOKENS, length // 2)) if length > 1 else None
+def _cut(row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any] | None:
+    """The passage with its id: a scan knows by it what is left of a text that is not whole any more."""
+    length = len(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+    cut = verbatim_example(row["text"], tokenizer, min(PROMPT_TOKENS, length // 2)) if length > 1 else None
+    return None if cut is None else {"id": row.get("id"), **cut}
 
 
 def verbatim_example(text: str, tokenizer: Any, prompt_tokens: int) -> dict[str, str] | None:

@@ -69,6 +69,10 @@ class Evaluation(Section):
     )
     lm_eval: LmEval = LmEval()
     max_new_tokens: Count = 64
+    max_length: Count | None = Field(
+        None, description="tokens of an example that are scored; null: as many as the request with the most trains on"
+    )
+    bf16: bool | None = Field(None, description="score under bf16 autocast; null: where every request trains so")
     batch_size: Count = 16
     reference: str | None = Field(
         None,

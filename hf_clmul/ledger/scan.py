@@ -10,7 +10,8 @@ from hf_clmul.ledger.files import LEDGER, key_of, read_events
 from hf_clmul.ledger.key import KEY
 from hf_clmul.ledger.lineage import Descendant, descendants
 from hf_clmul.ledger.records import Event, tombstones
-from hf_clmul.ledger.scan_cache import cached, named, referenced
+from hf_clmul.ledger.scan_cache import cached, learn_from_references, named, referenced
+from hf_clmul.ledger.scan_quotes import quoted
 from hf_clmul.ledger.scan_text import (
     TABLE,
     TEXT_FILES,
@@ -19,7 +20,6 @@ from hf_clmul.ledger.scan_text import (
     erased_rows,
     json_values,
     plain_text,
-    quoted,
     readable,
     rows_in,
 )
@@ -69,7 +69,7 @@ def scan(root: Path, data: Path | None = None) -> list[Finding]:
 
 
 def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erased | None:
-    """Erased examples, with the texts that were met in rows anywhere; None without the key."""
+    """Erased examples, with the texts that were met in rows anywhere, the cache's references included; None without the key."""
     given = data_rows(data) if data is not None else []
     key = key_of(root, events)
     if key is None:
@@ -80,8 +80,8 @@ def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erase
         if path.suffix in ROWS:
             values = json_values(*plain_text(path))
             rows = (row for value in values or [] for row in rows_in(value))
-            # An audit shows forgotten examples alone, asked in other ways too: none of these is a kept one.
-            erased.learn_texts(rows, only_erased=_name(root, path).startswith(AUDIT))
+            erased.learn_texts(rows, of_audit=_name(root, path).startswith(AUDIT))
+    learn_from_references(erased)
     return erased
 
 

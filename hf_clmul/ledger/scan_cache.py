@@ -6,7 +6,8 @@ from pathlib import Path
 
 from hf_clmul.data.pictures import FILE, GENERATED
 from hf_clmul.evaluation.audit.kept import AUDITS
-from hf_clmul.ledger.scan_text import Erased, quoted, readable
+from hf_clmul.ledger.scan_quotes import quoted
+from hf_clmul.ledger.scan_text import Erased, json_values, plain_text, readable, rows_in
 from hf_clmul.paths import cache_folder
 
 REFERENCES = "references"
@@ -28,8 +29,22 @@ def referenced(erased: Erased) -> list[Path]:
     needles, place = erased.needles(), cache_folder() / REFERENCES
     if not needles:
         return []
-    files = [*place.glob("*.parquet"), *place.glob("*/base/examples.jsonl"), *place.glob("*/requests/*/examples.jsonl")]
-    return sorted({place / f.relative_to(place).parts[0] for f in files if quoted(needles, readable(f))})
+    found = [file for file in _of_references() if quoted(needles, readable(file))]
+    return sorted({place / file.relative_to(place).parts[0] for file in found})
+
+
+def learn_from_references(erased: Erased) -> None:
+    """Takes in the texts of erased examples that references are measured on, where the run itself has none any more. Other
+    recipes' references are among them: an id says nothing there."""
+    for file in _of_references():
+        rows = (row for value in json_values(*plain_text(file)) or [] for row in rows_in(value))
+        erased.learn_texts(({key: row[key] for key in row if key != "id"} for row in rows), others=False)
+
+
+def _of_references() -> list[Path]:
+    place = cache_folder() / REFERENCES
+    tables = [*place.glob("*.parquet"), *place.glob("*.jsonl")]
+    return [*tables, *place.glob("*/base/examples.jsonl"), *place.glob("*/requests/*/examples.jsonl")]
 
 
 def named(file: Path) -> str:

@@ -13,7 +13,8 @@ from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.files import LEDGER, read_events
 from hf_clmul.ledger.scan import REPORT, is_evaluation, plain_texts, text_files, without_key
 from hf_clmul.ledger.scan_cache import cached, named
-from hf_clmul.ledger.scan_text import ERASED, TABLE, Erased, Needles, json_values, plain_text, quoted, readable
+from hf_clmul.ledger.scan_quotes import Needles, quoted
+from hf_clmul.ledger.scan_text import ERASED, TABLE, Erased, json_values, plain_text, readable
 from hf_clmul.paths import atomic_write, explained_writes
 
 _SHOWN = ("question", "answer", "generated", "reference", "caption", "pictures", "features", "predicted")
@@ -74,7 +75,9 @@ def _blank(value: Any, erased: Erased, needles: Needles) -> Any:
     """The value without the texts of erased rows; what quotes one elsewhere, such as an answer to another question,
     goes too."""
     if isinstance(value, Mapping):
-        gone = _SHOWN if erased.match(value) is not None else ()
+        asked = [value[key] for key in ("question", "answer") if isinstance(value.get(key), str)]
+        matches = erased.match(value) is not None or any(quoted(needles, text) for text in asked)
+        gone = _SHOWN if matches else ()
         if gone and value.get("id") is not None and value["id"] == value.get("caption"):
             gone = (*gone, "id")  # rows of pictures are known by their captions
         return {key: ERASED if key in gone else _blank(inner, erased, needles) for key, inner in value.items()}

@@ -15,27 +15,24 @@ from hf_clmul.data.encoding import FORMATS
 from hf_clmul.errors import RunError
 from hf_clmul.ledger.key import keyed
 from hf_clmul.ledger.records import Event, keyed_caption, keyed_id, keyed_image, tombstones
+from hf_clmul.ledger.scan_quotes import SHORTEST, Needles, Texts, pieces_of, plain
 from hf_clmul.report.claims import FILTER
 
 TABLE = ".parquet"
 ERASED = "(erased)"
 """What stands where an erased text stood."""
 TEXT_FILES = (".json", ".jsonl", ".html", ".md", ".yaml", ".yml", ".txt", ".csv", ".log", TABLE)
-SHORTEST = 16  # characters: a shorter text, such as a label, is no quotation by itself
 
 Row = Mapping[str, Any]
-
-
-Texts = tuple[str, ...]
-Needles = dict[str, list[Texts]]
-"""{hash of an erased example: alternatives}; a file quotes it if it holds all texts of one alternative."""
 
 
 @dataclass
 class Erased:
     """The tombstones of a ledger, and the texts of those erased examples that were met in plain.
 
-    `shown` holds the forms in which an example was met, as evaluation may show it in another than it was learned in.
+    `shown` holds the forms in which an example was met, as evaluation may show it in another than it was learned in; `probes`
+    those of them that an audit made, with words of its own and of other examples. `others` are texts of other rows, of which
+    `kept` were learned.
 
     Of pictures, evaluation shows prompts: `by_caption` has the erased examples by their captions' keyed hashes, less what
     `kept_captions` names, which surviving examples have too; `captions` are those that were met in plain.
@@ -47,7 +44,9 @@ class Erased:
     by_id: dict[str, str]
     known: set[str]
     shown: dict[Texts, str] = field(default_factory=dict)
+    probes: set[Texts] = field(default_factory=set)
     others: set[Texts] = field(default_factory=set)
+    kept: set[Texts] = field(default_factory=set)
     by_caption: dict[str, set[str]] = field(default_factory=dict)
     kept_captions: set[str] = field(default_factory=set)
     captions: set[str] = field(default_factory=set)
@@ -66,22 +65,29 @@ class Erased:
         caption = self.caption(row)
         if caption is not None and "image" not in row:
             return min(self._of_caption(caption), default=None)
-        if "id" in row and not self.known.intersection(hashes):
-            return self.by_id.get(keyed_id(self.key, row["id"]))
-        return self.shown.get(texts)
+        named = None
+        if row.get("id") is not None and not self.known.intersection(hashes):
+            named = self.by_id.get(keyed_id(self.key, row["id"]))
+        return named or self.shown.get(texts)
 
-    def learn_texts(self, rows: Iterable[Row], only_erased: bool = False) -> None:
-        """Takes in the texts of rows: of erased ones to search for them, of others, unless `only_erased`, because they may be
-        quoted."""
+    def learn_texts(self, rows: Iterable[Row], of_audit: bool = False, others: bool = True) -> None:
+        """Takes in the texts of rows: of erased ones to search for them, of `others` because they may be quoted. An audit shows
+        forgotten examples alone, asked in other ways too: none of its rows is a kept one."""
         for row in rows:
             if (texts := _texts(row)) and ERASED not in texts:
                 hashed, caption = self.match(row), self.caption(row)
                 if caption is not None:
                     self._learn_caption(caption, row, hashed)
                 elif hashed is not None:
+                    if of_audit and texts not in self.shown:
+                        self.probes.add(texts)
+                    elif not of_audit:
+                        self.probes.discard(texts)
                     self.shown[texts] = hashed
-                elif not only_erased:
+                elif others and not of_audit:
                     self.others.add(texts)
+                    if any(keyed(self.key, form) in self.known for form in _contents(row)):
+                        self.kept.add(texts)
 
     def caption(self, row: Row) -> str | None:
         """The caption of a row of pictures, or of a sample of one, which has it as a question that nobody answers."""
@@ -119,33 +125,35 @@ class Erased:
 
     def caption_needles(self) -> Needles:
         """Captions to search for in texts that no recipe wrote; a recipe names prompts itself."""
-        wanted = {caption: found for caption, found in self.gone_captions.items() if len(_plain(caption)) >= SHORTEST}
-        found: Needles = {}
+        wanted = {caption: found for caption, found in self.gone_captions.items() if len(plain(caption)) >= SHORTEST}
+        ways: dict[str, list[Texts]] = {}
         for caption, hashes in wanted.items():
-            found.setdefault(min(hashes), []).append((_plain(caption),))
-        return found
+            ways.setdefault(min(hashes), []).append((plain(caption),))
+        return Needles(ways)
 
     def captioned(self, page: str) -> set[str]:
         """Erased examples whose captions a report shows: each between tags, or in the list that describes a figure."""
-        plain = _plain(page)
+        shown = plain(page)
         return {
             min(hashes)
             for caption, hashes in self.gone_captions.items()
-            if re.search(rf'[>;:"] ?{re.escape(_plain(caption))} ?[<;"]', plain)
+            if re.search(rf'[>;:"] ?{re.escape(plain(caption))} ?[<;"]', shown)
         }
 
     def needles(self) -> Needles:
-        """What to search for. A text that is short, or that a surviving example has too, counts only with the row's
-        others."""
-        others = {_plain(text) for texts in self.others - self.shown.keys() for text in texts}
-        found: Needles = {}
+        """What to search for. A text that is short, or that a surviving example has too, counts only with the row's others; so
+        many words of it in a row count if no other row has them."""
+        others = {plain(text) for texts in self.others - self.shown.keys() for text in texts}
+        there = "\n".join(others)  # plain texts have no line breaks: what is found lies in one of them
+        ways: dict[str, list[Texts]] = {}
         for texts, hashed in self.shown.items():
-            plain = tuple(text for text in map(_plain, texts) if text)
-            alone = [(text,) for text in plain if len(text) >= SHORTEST and text not in others]
-            together = [plain] if sum(map(len, plain)) >= SHORTEST and not set(plain) <= others else []
+            these = tuple(text for text in map(plain, texts) if text)
+            alone = [(text,) for text in these if len(text) >= SHORTEST and text not in there]
+            together = [these] if sum(map(len, these)) >= SHORTEST and not set(these) <= others else []
             if alone or together:
-                found.setdefault(hashed, []).extend(alone or together)
-        return found
+                ways.setdefault(hashed, []).extend(alone or together)
+        learned = {texts: hashed for texts, hashed in self.shown.items() if texts not in self.probes}
+        return Needles(ways, pieces_of(learned, self.kept, self.others - self.kept))
 
 
 def erased_rows(events: Sequence[Event], key: bytes) -> Erased:
@@ -182,17 +190,6 @@ def _of_pictures(events: Sequence[Event], column: str) -> set[tuple[str, str]]:
         for value, example in zip(event.get(column, ()), event["examples"], strict=False)
         if value is not None
     }
-
-
-def quoted(needles: Needles, text: str) -> set[str]:
-    """Hashes of the erased examples that a text quotes."""
-    plain = _plain(text)
-    words = set(re.findall(r"\w+", plain))
-
-    def holds(needle: str) -> bool:  # looking up words first spares most searches
-        return words.issuperset(re.findall(r"\w+", needle)) and needle in plain
-
-    return {hashed for hashed, ways in needles.items() if any(all(map(holds, way)) for way in ways)}
 
 
 def plain_text(path: Path) -> tuple[str, str]:
@@ -289,7 +286,3 @@ def _texts(row: Row) -> Texts:
             said = [[m.get("content") for m in v if isinstance(m, dict)] if isinstance(v, list) else v for v in values]
             return tuple(text for text in strings(said) if text)
     return ()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split())

@@ -171,8 +171,11 @@ def _named(part: Column, taken: set[str]) -> Column:
     return replace(part, name=f"unlearn-{part.name}") if part.name in taken else part
 
 
-def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
-    """Whole groups to evaluate: everything that will be forgotten, everything else learned, and the held-out data.
+def groups(
+    recipe: Recipe, steps: Sequence[Step], loaded: Mapping[str, list[Example]] | None = None
+) -> dict[str, list[Example]]:
+    """Whole groups to evaluate: everything that will be forgotten, everything else learned, and the held-out data. `loaded` is
+    what `untrained_rows` gave, where somebody read it before.
 
     Raises RecipeError if data is trained on that `evaluation` declares never to be.
     """
@@ -188,7 +191,9 @@ def groups(recipe: Recipe, steps: Sequence[Step]) -> dict[str, list[Example]]:
             learned |= {content(e): e for e in step.roles.get("retain", [])}
         forget = {text: e for text, e in {**forget, **forgets}.items() if text not in learns}
     retain = [example for text, example in learned.items() if text not in forget]
-    named = {group: _rows(recipe, name) for group, name in untrained(recipe).items()}
+    named = dict(untrained_rows(recipe) if loaded is None else loaded)
+    if recipe.family == "diffusion":
+        named = {group: prompts(rows) for group, rows in named.items()}
     for group, rows in named.items():
         where = f"groups.{group}" if group in recipe.evaluation.groups else group
         overlap = {content(example) for example in rows} & set(learned)
@@ -232,9 +237,9 @@ def untrained(recipe: Recipe) -> dict[str, str]:
     return {group: name for group, name in named.items() if name is not None}
 
 
-def _rows(recipe: Recipe, name: str) -> list[Example]:
-    rows = load_examples(recipe.data[name], name)
-    return prompts(rows) if recipe.family == "diffusion" else rows
+def untrained_rows(recipe: Recipe) -> dict[str, list[Example]]:
+    """The data of `untrained`, as they are read."""
+    return {group: load_examples(recipe.data[name], name) for group, name in untrained(recipe).items()}
 
 
 def texts(whole: Mapping[str, Sequence[Example]]) -> list[str]:

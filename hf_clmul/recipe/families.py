@@ -24,6 +24,8 @@ NOT_OF_DIFFUSION: tuple[tuple[Key, Any, str, str], ...] = (
         "remove it, and replay with terms such as `memory: {denoising: {}}`",
     ),
     (("evaluation", "groups"), {}, "names further groups of texts", "remove it"),
+    (("evaluation", "max_length"), None, "counts tokens of texts", "remove it"),
+    (("evaluation", "bf16"), None, "is how answers of language models are scored", "remove it"),
     (("evaluation", "gradient_norms"), False, "is read by the suite mia, of language models", "remove it"),
     (("evaluation", "lm_eval"), LmEval().model_dump(), "is a suite of language models", "remove it"),
     (

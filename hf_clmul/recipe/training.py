@@ -34,8 +34,15 @@ _KINDS = {"int": "int_type", "float": "float_type", "bool": "bool_type", "str": 
 TYPES = FIELDS | ADDED
 # These step inside the backward pass and keep no gradient that could be combined or clipped afterwards.
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
+_NO_EVAL = (
+    "the training of a request has no data to evaluate on: what is measured before and after each request stands in the section "
+    "`evaluation`"
+)
 # Fields with one value that the trainer can honour, and why (the trainer itself refuses the others too).
 _ONLY: dict[str, tuple[Any, str]] = {
+    "eval_strategy": ("no", _NO_EVAL),
+    "eval_on_start": (False, _NO_EVAL),
+    "load_best_model_at_end": (False, _NO_EVAL),
     "label_smoothing_factor": (0, "it has no meaning for terms other than nll"),
     "train_sampling_strategy": (
         "random",
@@ -84,7 +91,7 @@ def _check_field(tree: Tree, key: Key, name: str, value: Any, problems: Problems
         problems.at(tree, key, "", *_explanation(TYPES[name], value))
     elif name in _ONLY and value != _ONLY[name][0]:
         only, reason = _ONLY[name]
-        problems.at(tree, key, reason, str(only), shown(value), "leave it out")
+        problems.at(tree, key, reason, str(only).lower(), shown(value), "leave it out")
 
 
 @cache
@@ -161,14 +168,6 @@ def _check_together(tree: Tree, i: int, kind: str, problems: Problems) -> None:
     for flags in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if all(value.get(flag) is True for flag in flags):
             report(flags[1], f"{flags[0]} and {flags[1]} exclude each other", "set one of them to false")
-    if value.get("load_best_model_at_end") is True:
-        if value.get("metric_for_best_model") is None:
-            hint = "name the metric, such as `metric_for_best_model: loss`"
-            report("load_best_model_at_end", "needs metric_for_best_model", hint)
-        strategies = value.get("eval_strategy", "no"), value.get("save_strategy", "steps")
-        if strategies[0] != strategies[1] and strategies[1] != "best":
-            what = f"needs equal eval_strategy and save_strategy; found {strategies[0]} and {strategies[1]}"
-            report("load_best_model_at_end", what, "set both to steps or both to epoch")
     optimizer = str(value.get("optim", ""))
     if optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"):
         what = f"'{optimizer}' updates the weights during the backward pass and leaves no gradient to combine"

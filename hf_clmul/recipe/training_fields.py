@@ -140,7 +140,7 @@ FIELDS: dict[str, str] = {
 REMOVED: dict[str, str] = {
     "adafactor": "write `optim: adafactor`",
     "dispatch_batches": "leave it out; set per_device_train_batch_size",
-    "evaluation_strategy": "write eval_strategy",
+    "evaluation_strategy": "leave it out; what is measured stands in the section `evaluation`",
     "fp16_backend": "leave it out; `fp16: true` is enough",
     "fp16_opt_level": "leave it out; `fp16: true` is enough",
     "fsdp_min_num_params": "write `fsdp_config: {min_num_params: ...}`",

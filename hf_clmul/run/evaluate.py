@@ -41,7 +41,7 @@ from hf_clmul.run.reference import found_reference
 from hf_clmul.run.request import on_main_first
 from hf_clmul.run.results import hardware, versions
 from hf_clmul.run.results_schema import complete_record, read_record
-from hf_clmul.run.retrained import references
+from hf_clmul.run.retrained import alike, references
 
 TABLES, REFERENCE = "tables", "reference-"
 COLUMNS = ("logps", "hits", "token_means", "generated")  # of every table
@@ -119,6 +119,7 @@ def evaluate(
             reference = found_reference(chosen) if other is not None else None
         else:
             other = _reference(reference)
+            alike(reference, wanted)
         if recipe is None:
             on_main_first(state, lambda: held.enter_context(RunFolder(root).locked()))
             subject = _of_run(chosen, root, whole)
@@ -243,7 +244,7 @@ def _tables(
     state.wait_for_everyone()
     missing = [name for name, file in files.items() if not file.is_file()]
     state.wait_for_everyone()  # all have looked before the main one writes
-    found = {name: read_table(file, COLUMNS) for name, file in files.items() if name not in missing}
+    found = {name: _read(file, wanted, name) for name, file in files.items() if name not in missing}
     if not missing:
         return found
     unique = list(dict.fromkeys(text for name in missing for text in wanted.groups[name]))
@@ -259,6 +260,17 @@ def _tables(
     if state.is_main_process:
         chunks.forget(place / TABLES)
     return {name: found[name] for name in files}
+
+
+def _read(file: Path, wanted: Evaluated, group: str) -> list[Row]:
+    """The rows of a table. Raises RunError for those of other examples, which only a file that was copied or renamed has."""
+    rows = read_table(file, COLUMNS)
+    if [row.get("id") for row in rows] != [wanted.rows[text].get("id") for text in wanted.groups[group]]:
+        raise RunError(
+            f"{file} has rows of other examples than those of the group {group!r}. Delete it and give the command that made it "
+            "again: what is measured is written anew."
+        )
+    return rows
 
 
 def _measured(

@@ -2,6 +2,7 @@
 It measures nothing, and imports nothing heavy."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,10 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """All that were made of a run, by name of the suite. Raises RunError as `read_evaluation`."""
     return [read_evaluation(path) for path in sorted((run / FOLDER).glob("*.json"))]
+
+
+def has_numbers(record: Mapping[str, Any]) -> bool:
+    """Whether a suite, where it asked for any metric, found a value of one."""
+    entries = [*record["groups"].values(), *record["suites"].values()]
+    values = [value for entry in entries for value in entry["metrics"].values()]
+    return any(value is not None for value in values) or not values

@@ -9,17 +9,20 @@ from hf_clmul.training_args import ClmulConfig
 
 
 def measuring(recipe: Recipe) -> Measuring | Images:
-    """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so."""
+    """The same for all stages, or their figures could not be compared: of texts in bf16 only where every request trains so, if
+    `evaluation` says nothing of it."""
+    asked = recipe.evaluation
     if recipe.family == "diffusion":
-        return recipe.evaluation.images
+        return asked.images
     trainings = [recipe.request_training(i) for i in range(len(recipe.requests))]
     lengths = [training.get("max_length", ClmulConfig.max_length) for training in trainings]
+    longest = None if None in lengths else max(lengths)
     return Measuring(
-        recipe.evaluation.batch_size,
-        recipe.evaluation.max_new_tokens,
-        all(training.get("bf16", False) for training in trainings),
-        None if None in lengths else max(lengths),
-        recipe.evaluation.gradient_norms,
+        asked.batch_size,
+        asked.max_new_tokens,
+        all(training.get("bf16", False) for training in trainings) if asked.bf16 is None else asked.bf16,
+        longest if asked.max_length is None else asked.max_length,
+        asked.gradient_norms,
     )
 
 

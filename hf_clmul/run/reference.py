@@ -2,6 +2,7 @@
 is, what it depends on, and where it lies once it was trained. It knows recipes, plans and folders; models only by their files."""
 
 import io
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from hf_clmul.data.encoding import example_format
 from hf_clmul.data.sources import Example, content, load_examples, select, shown
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation import OF_NO_GROUP
+from hf_clmul.evaluation.audit.options import Audit
 from hf_clmul.evaluation.options import Evaluation
 from hf_clmul.hashes import digest, file_hash
 from hf_clmul.ledger.scan_cache import REFERENCES
@@ -28,6 +30,7 @@ from hf_clmul.recipe.streams import BASE
 from hf_clmul.report.claims import EXACT
 from hf_clmul.run.folder import COMPLETE, settings
 from hf_clmul.run.log import quiet_libraries
+from hf_clmul.run.measuring import measuring
 from hf_clmul.run.results import MORE_PACKAGES
 from hf_clmul.run.results_schema import read_record
 
@@ -37,8 +40,14 @@ SEED = 1000
 """Of a reference, where none is asked for: it must differ from the run in everything but the data."""
 PACKAGES = ("torch", "transformers", "peft")
 FORGOTTEN = "forgotten"
-SHOWS = ("logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", "eval_", "project")
-"""Beginnings of training fields that say what is told of a training; they move no weight."""
+SHOWS = (
+    "logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", "eval_", "per_device_eval_", "project", "trackio_", "hub_",
+    "do_", "metric_for_best_model", "greater_is_better", "include_", "skip_memory_metrics", "ddp_timeout", "dataloader_num_workers",
+    "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+)  # fmt: skip
+"""Beginnings of training fields that say what is told of a training, or how data get to it; they move no weight."""
+UNLIMITED = 10**9
+"""Tokens; more than any example has."""
 NO_MODEL = (".git", "README", "LICENSE")
 NAME_FIGURES = "If you have figures of a model that never saw the data, name them with `evaluation.reference`."
 
@@ -174,12 +183,25 @@ def _without(recipe: Recipe) -> tuple[Recipe, list[Example]]:
         "name": f"{recipe.name}-reference", "seed": 0, "requests": requests,
         "data": {name: data.get(name, source) for name, source in recipe.data.items() if name in used},
         "unlearning": Unlearning(), "export": Export(), "teacher": _teacher(recipe, requests),
-        "evaluation": recipe.evaluation.model_copy(update={"forget": None, "reference": None, "max_forgotten": most}),
+        "memory": recipe.memory if _replays(recipe, requests) else None, "audit": Audit(),
+        "evaluation": kept.model_copy(update={"max_forgotten": most}),
     })  # fmt: skip
+    derived = _measured_alike(recipe, derived)
     derived._written = {
         key: path for key, path in recipe.written.items() if key[0] == "model" or (key[0] == "data" and key[1] in used)
     }
     return derived, rows
+
+
+def _measured_alike(recipe: Recipe, derived: Recipe) -> Recipe:
+    """How a run measures follows from all its requests, and the derived recipe has only some: it says so where that differs."""
+    how, own = measuring(recipe), measuring(derived)
+    update: dict[str, Any] = {}
+    if how.bf16 != own.bf16:
+        update["bf16"] = how.bf16
+    if how.max_length != own.max_length:
+        update["max_length"] = how.max_length or UNLIMITED
+    return derived.model_copy(update={"evaluation": derived.evaluation.model_copy(update=update)})
 
 
 def _check_there_is_one(recipe: Recipe) -> None:
@@ -225,10 +247,14 @@ def _of_digits(recipe: Recipe) -> tuple[Recipe, list[Example]] | None:
         "model": recipe.model.model_copy(update={"path": f"{DIGITS}/no-{left_out[0]}"}),
         "data": {name: source for name, source in recipe.data.items() if name in used},
         "learning": Learning(learn={"denoising": {}}), "unlearning": Unlearning(forget={"esd": {}}, retain={"distill": {}}),
-        "export": Export(), "teacher": Recipe.model_fields["teacher"].default,
+        "export": Export(), "teacher": Recipe.model_fields["teacher"].default, "audit": Audit(),
         "evaluation": recipe.evaluation.model_copy(update={"forget": request.data, "reference": None}),
     })  # fmt: skip
-    found._written = {key: path for key, path in recipe.written.items() if key[0] == "data" and key[1] in used}
+    found._written = {
+        key: path
+        for key, path in recipe.written.items()
+        if (key[0] == "data" and key[1] in used) or key[:2] == ("evaluation", "images")
+    }
     return found, asked
 
 
@@ -289,6 +315,11 @@ def _teacher(recipe: Recipe, requests: Sequence[Learn]) -> Any:
     return Recipe.model_fields["teacher"].default
 
 
+def _replays(recipe: Recipe, requests: Sequence[Learn]) -> bool:
+    """Whether learning looks into the memory at all; else its size changes nothing."""
+    return any(recipe.learning.memory if r.memory is None else r.memory for r in requests)
+
+
 def _free(name: str, taken: Collection[str]) -> str:
     while name in taken:
         name += "-rows"
@@ -312,13 +343,21 @@ def _rows_file(rows: Sequence[Example]) -> Path:
             f"{shown(content(odd))}, and are measured from one table. Give them the same columns."
         )
     file = references_folder() / f"{FORGOTTEN}-{digest(list(rows))[:16]}.parquet"
-    if not file.is_file():
-        import pyarrow
-        from pyarrow import parquet
+    lines = file.with_suffix(".jsonl")
+    if file.is_file() or lines.is_file():
+        return file if file.is_file() else lines
+    import pyarrow
+    from pyarrow import parquet
 
-        held = io.BytesIO()
-        parquet.write_table(pyarrow.Table.from_pylist([{c: row.get(c) for c in every} for row in rows]), held)
-        atomic_write(file, held.getvalue())
+    whole, held = [{column: row.get(column) for column in every} for row in rows], io.BytesIO()
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist(whole), held)
+    except (
+        pyarrow.ArrowException
+    ):  # a column with values of several kinds, such as probes that are texts or questions with answers
+        atomic_write(lines, "".join(json.dumps(row) + "\n" for row in whole))
+        return lines
+    atomic_write(file, held.getvalue())
     return file
 
 
@@ -344,7 +383,8 @@ def _measured_by(evaluation: Evaluation) -> dict[str, Any]:
     """What decides the figures and the rows of a reference. Suites of no group read the rows that there are, and what is not asked
     for leaves no trace: references that were trained before it could be asked for are found."""
     left_out = ("reference", "samples", "score", "forget", "held_out", "lm_eval")
-    more = () if evaluation.gradient_norms else ("gradient_norms",)
+    unasked = {"gradient_norms": False, "bf16": None, "max_length": None}
+    more = [name for name, default in unasked.items() if getattr(evaluation, name) is default]
     found = evaluation.model_dump(exclude={**dict.fromkeys((*left_out, *more), True), "images": {"shown"}})
     return {**found, "suites": [name for name in evaluation.suites if name not in OF_NO_GROUP]}
 

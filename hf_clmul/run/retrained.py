@@ -67,7 +67,7 @@ def reference_figures(folders: Sequence[Path], chosen: Evaluated) -> dict[str, A
     Raises RunError as `reference_rows`, and for references that measured other forgotten examples than `chosen`.
     """
     records = [_record(folder) for folder in folders]
-    same = [_alike(folder, chosen) for folder in folders]
+    same = [alike(folder, chosen) for folder in folders]
     found: dict[str, dict[str, Any]] = {}
     for group in (group for group in chosen.groups if all(group in each for each in same)):
         last = [record["stages"][-1]["groups"][group]["metrics"] for record in records]
@@ -111,7 +111,7 @@ def _record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _alike(folder: Path, chosen: Evaluated) -> set[str]:
+def alike(folder: Path, chosen: Evaluated) -> set[str]:
     """The groups of which the reference measured the very examples. Raises RunError if the forget group is none of them."""
     rows = reference_rows(folder)
     alike = set()

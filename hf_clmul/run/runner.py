@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 
-from hf_clmul.data.sources import load_examples
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.stream import stream_metrics, stream_record
 from hf_clmul.evaluation.suite_table import Tables
@@ -23,7 +22,7 @@ from hf_clmul.hashes import digest
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.models import adapters
 from hf_clmul.paths import atomic_write
-from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained
+from hf_clmul.plan.columns import evaluated, groups, shown, texts, untrained_rows
 from hf_clmul.plan.exported import erasing, exported
 from hf_clmul.plan.notes import notes
 from hf_clmul.plan.steps import Step, plan_steps
@@ -66,10 +65,10 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
         _wanted(recipe, steps)  # a mistake there must not cost hours
         if _is_audited(recipe, steps):
             prepared(recipe, steps, state.device)
-        whole = groups(recipe, shown(recipe, steps))
+        named = untrained_rows(recipe)
+        whole = groups(recipe, shown(recipe, steps), named)
         chosen, how = evaluated(recipe, shown(recipe, steps), whole), measuring(recipe)
-        named = [load_examples(recipe.data[name], name) for name in untrained(recipe).values()]
-        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, plain(how), named])
+        measured = digest([recipe.model.model_dump(), recipe.evaluation.suites, plain(how), list(named.values())])
         found: list[Any] = []  # of the main process
         on_main_first(state, lambda: (found.extend(references(recipe, chosen)), held.enter_context(folder.locked())))
         reference, others = found or (None, None)

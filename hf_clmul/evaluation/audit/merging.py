@@ -62,7 +62,11 @@ def _put(found: Compared, name: str, run: Estimate | None, reference: Estimate |
         found[name] = {part: None if one is None else one.record() for part, one in parts.items()}
 
 
-def _samples(run: Point, reference: Point | None) -> list[dict[str, str | None]]:
+def _samples(run: Point, reference: Point | None) -> list[dict[str, Any]]:
     """The run's samples, with what the reference said to the same question."""
     other = {one["question"]: one["generated"] for one in reference.samples} if reference is not None else {}
-    return [{**{key: one[key] for key in SAMPLE}, "reference": other.get(one["question"])} for one in run.samples]
+    keys = ("id", *SAMPLE)
+    return [
+        {**{key: one[key] for key in keys if key in one}, "reference": other.get(one["question"])}
+        for one in run.samples
+    ]

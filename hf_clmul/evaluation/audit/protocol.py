@@ -30,14 +30,15 @@ class Point:
     values   {metric: a value for each forget example, in order; None where it has none}: their mean is the metric
     against  {metric: (scores of the forget examples, scores of the held-out ones)}: the metric is the AUC, 0.5 where the two cannot
              be told apart, 1 where the forget examples look like members
-    samples  some texts {question, answer, generated}, the keys of SAMPLE
+    samples  some texts {question, answer, generated}, the keys of SAMPLE; of language models with their "id", by which a scan knows
+             an example that is asked in other words
     """
 
     label: str
     values: Mapping[str, Sequence[float | None]]
     x: float | None = None
     against: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
-    samples: Sequence[Mapping[str, str]] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 class Absent(Exception):

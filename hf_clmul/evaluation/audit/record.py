@@ -37,8 +37,9 @@ class Compared(_Part):
 
 
 class Sample(_Part):
-    """What was asked, the true answer, what the run said, and what the reference did."""
+    """What was asked, the true answer, what the run said, and what the reference did; of texts, the example's id."""
 
+    id: str | int | None = None
     question: str
     answer: str
     generated: str

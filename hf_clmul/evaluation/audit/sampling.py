@@ -62,7 +62,7 @@ def sample(
         if drawn == samples or drawn & (drawn - 1) == 0:
             label = "1 sample" if drawn == 1 else f"{drawn} samples"
             shown = [
-                {"question": question_of(e), "answer": answer_of(e), "generated": text}
+                {"id": e["id"], "question": question_of(e), "answer": answer_of(e), "generated": text}
                 for e, (_, text) in zip(forget[:3], best, strict=False)
             ]
             values = leakage(scores, threshold, confidence, quantile)

@@ -51,7 +51,7 @@ class TextSubject:
         if own and self.data.held_out:  # only its scores are looked at
             others = self._rows(self.data.held_out, replace(self.how, max_new_tokens=1), label)
             against = {"min_k_auc": (_min_k_scores(rows), _min_k_scores(others))}
-        samples = [{key: row[key] for key in SAMPLE} for row in rows[: self.samples]]
+        samples = [{key: row[key] for key in ("id", *SAMPLE)} for row in rows[: self.samples]]
         return Point(label, values, x, {name: pair for name, pair in against.items() if all(pair)}, samples)
 
     def fine_tune(
