@@ -80,10 +80,11 @@ def test_a_request_with_one_role_has_one_curve():
 def test_numbers_above_bars_are_short():
     results = fake_results()
     forget = [stage["groups"]["forget"]["metrics"] for stage in results["stages"]]
-    for metrics, value in zip(forget, (0.0, 0.0021, 0.9961), strict=True):
+    for metrics, value in zip(forget, (0.0004, 0.0021, 0.9961), strict=True):
         metrics["answer_probability"] = value
+    results["stages"][0]["groups"]["retain"]["metrics"]["answer_probability"] = 0.0
     [axes] = report_figures.metric_bars(results, "answer_probability", report_figures.LIGHT).axes
-    assert [text.get_text() for text in axes.texts[:4]] == ["0", "2e-03", "1", ".11"]
+    assert [text.get_text() for text in axes.texts[:5]] == ["4e-04", ".002", "1", ".11", "0"]
 
 
 def test_the_trade_off_is_the_path_of_the_two_losses():
