@@ -51,6 +51,14 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
             "unlearning.training={learning_rate: 2e-3, max_steps: 80, warmup_steps: 0}",
         ],
     ),
+    "npo_trim_light": (
+        "npo",
+        [
+            "unlearning.forget={npo: {beta: 0.1, weight: 0.01}}",
+            "unlearning.saliency={trim: 0.9}",
+            "unlearning.training={learning_rate: 2e-3, max_steps: 80, warmup_steps: 0}",
+        ],
+    ),
     "npo_decay": (
         "npo",
         ["unlearning.training={learning_rate: 1e-3, max_steps: 60, warmup_steps: 0, weight_decay: 20}"],
