@@ -72,6 +72,12 @@ MISTAKES = {
     "the base as a teacher, without an adapter": ("{npo: {beta: 0.2}}", "{bad_teacher: {weights: base}}",
         "r.yaml:14: unlearning.forget.bad_teacher.weights: `base` is the model below its adapter, and without `adapter` all its "
         "weights learn; add `adapter`, or take `uniform`"),
+    "the base as a teacher of what it knows itself": (
+        "people, where: {person: [P01, P02]}}\nlearning:\n  training: {learning_rate: 2e-3, num_train_epochs: 3}\n"
+        "unlearning:\n  forget: {npo: {beta: 0.2}}",
+        "base, data: notes}\nadapter: {r: 4}\nunlearning:\n  forget: {bad_teacher: {weights: base}}",
+        "r.yaml:10: requests.2.unlearn.from: what the base knows is to be forgotten, and `bad_teacher` with `weights: base` would "
+        "teach just that; take `weights: uniform`"),
     "unknown section": ("learning:\n  training: {learning_rate: 2", "lerning:\n  training: {learning_rate: 2",
         "r.yaml:11: lerning: unknown key; expected one of recipe_version, name, seed, family, model, diffusion, "
         "adapter, memory, data, requests, "

@@ -16,7 +16,7 @@ from hf_clmul.recipe.audits import check_audit
 from hf_clmul.recipe.families import check_family
 from hf_clmul.recipe.problems import Key, Problems, one_of, shown, suggestion, value_problem
 from hf_clmul.recipe.schema import Weight
-from hf_clmul.recipe.streams import check_name, check_requests, check_teacher, check_where
+from hf_clmul.recipe.streams import BASE, check_name, check_requests, check_teacher, check_where
 from hf_clmul.recipe.training import check_training, requests
 from hf_clmul.recipe.tree import Tree
 
@@ -103,11 +103,19 @@ def _check_edit(tree: Tree, problems: Problems) -> None:
 
 
 def _check_base(tree: Tree, problems: Problems) -> None:
-    """A teacher that is the base needs weights beside it that learn."""
+    """A teacher that is the base needs weights beside it that learn, and must not itself know what is to be forgotten."""
     key: Key = ("unlearning", "forget", "bad_teacher", "weights")
-    if tree.get(*key) == "base" and tree.get("adapter") is None:
+    if tree.get(*key) != "base":
+        return
+    if tree.get("adapter") is None:
         what = "`base` is the model below its adapter, and without `adapter` all its weights learn"
         problems.at(tree, key, what, hint="add `adapter`, or take `uniform`")
+    for i, kind in requests(tree):
+        if kind == "unlearn" and tree.get("requests", i, "unlearn", "from") == BASE:
+            what = (
+                "what the base knows is to be forgotten, and `bad_teacher` with `weights: base` would teach just that"
+            )
+            problems.at(tree, ("requests", i, "unlearn", "from"), what, hint="take `weights: uniform`")
 
 
 def _check_protect(tree: Tree, problems: Problems) -> None:
