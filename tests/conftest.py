@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 # torch and OpenMP read these when they are first imported. One thread makes sums repeatable and lets
@@ -31,9 +32,18 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What the user's cache holds, such as trained references, must not decide a test. Workers share one."""
+    """What the user's cache holds, such as trained references, must not decide a test. Workers share one; the small pipelines,
+    which are named by the hash of all that makes them, are the user's."""
+    from hf_clmul.paths import cache_folder
+
+    known = cache_folder() / "digits"
     folder = tmp_path_factory.getbasetemp()
-    os.environ["HF_CLMUL_CACHE"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache")
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
+    for each in (known, folder):
+        each.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # another worker was first
+        (folder / "digits").symlink_to(known, target_is_directory=True)
+    os.environ["HF_CLMUL_CACHE"] = str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ REFUSED = [
     ("forget", "undial", "beta", "0", "expected a number above 0; found 0"),
     ("forget", "ce_u", "ignore_first_n", "-1", "expected a number of at least 0; found -1"),
     ("forget", "ce_u", "ignore_first_n", "1.5", "expected a whole number; found 1.5"),
-    ("forget", "bad_teacher", "weights", "zero", "expected one of random, uniform; found the text 'zero'"),
+    ("forget", "bad_teacher", "weights", "zero", "expected one of random, uniform, base; found the text 'zero'"),
     ("retain", "kl", "temperature", "0", "expected a number above 0; found 0"),
     ("retain", "confident_mse", "rho", "0", "expected a number above 0; found 0"),
     ("retain", "contrastive_distill", "layer", "1.0", "expected a whole number; found 1.0"),
