@@ -66,7 +66,8 @@ def main() -> None:
         for seed in wanted.seeds:
             output = wanted.output / f"{name}-{seed}"
             own = seed + (RETRAINED_SEED if name == "quickstart-retrained" else 0)
-            run_recipe(load_recipe(name, [f"seed={own}", "evaluation.reference=null", *wanted.overrides]), output)
+            alone = ["evaluation.reference=null", "audit.after_run=false"]
+            run_recipe(load_recipe(name, [f"seed={own}", *alone, *wanted.overrides]), output)
             runs.append(json.loads((output / "results.json").read_text("utf-8")))
     print("| stage | group | " + " | ".join(METRICS) + " |\n|" + "---|" * (len(METRICS) + 2))
     for i, stage in enumerate(found["quickstart"][0]["stages"] if not wanted.reference_only else ()):
