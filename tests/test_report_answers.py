@@ -37,6 +37,31 @@ def test_less_than_the_reference_is_no_mark_against_the_run():
     assert (line.mark, line.bad) == ("below", False)
 
 
+def test_below_is_told_without_a_cause():
+    told = both(fake_results(), fake_audit())[0].told
+    assert told.endswith("below: less than such a model shows.") and "removed" not in told
+
+
+def test_a_model_that_never_met_the_examples_is_not_blamed_for_what_it_shows():
+    scope = "RUN/model was not trained on them."
+    distance, _ = both(fake_results(), fake_audit() | {"held": False, "scope": [scope]})
+    assert [(line.mark, line.bad) for line in distance.lines] == [("no sure gap", False), ("above", False)]
+    assert distance.told.startswith(f"{scope} Of the forgotten examples, ")
+    held = both(fake_results(), fake_audit() | {"scope": [scope]})[0]
+    assert held.told.startswith("Of the forgotten examples, ")
+
+
+@pytest.mark.parametrize(("audit", "said"), [(fake_audit(), "1 of 2 metrics differs"), (None, "gap of 0.011 at most")])
+def test_an_exact_claim_comes_before_the_figures(audit, said):
+    results = fake_results()
+    results["stages"][-1]["how"] = "exact by deletion"
+    distance, _ = both(results, audit)
+    assert distance.said == f"exact; {said}" and len(distance.lines) == 2
+    assert distance.told.startswith("Exact by deletion means that ")
+    results["stages"].append(dict(results["stages"][-1], how="approximate, with audit"))
+    assert "xact" not in both(results, audit)[0].said + both(results, audit)[0].told
+
+
 def test_without_an_audit_it_is_that_of_the_record():
     distance, back = both(fake_results(), None)
     assert distance.said == "gap of 0.011 at most"  # 0.1187 and 0.1094; 0.3322 and 0.3217

@@ -65,15 +65,19 @@ def answers(results: Record, audit: Record | None) -> list[Answer]:
 def _distance(results: Record, audit: Record | None) -> Answer:
     beside = {} if audit is None else {m: e for m, e in audit["before"].items() if m not in FALLING and e["gap"]}
     made = claims(results)
+    exact = " ".join(explained(claim) for claim in made) if made and all(claim in EXACT for claim in made) else ""
     if beside:
+        held = audit.get("held", True)
         sides = {metric: side(entry) for metric, entry in beside.items()}
         apart = sum(where in ("above", "below") for where in sides.values())
         said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if apart == 1 else 'differ'}"
         told = (
             f"Of the forgotten examples, beside the retrained model ({audit['reference']['name']}), before any attack. Above: the run "
-            "shows more of them than a model that never saw them; below: less, which shows that something was removed."
+            "shows more of them than a model that never saw them; below: less than such a model shows."
         )
-        return Answer(DISTANCE, said, told, tuple(_beside(metric, beside[metric], sides[metric]) for metric in beside))
+        told = " ".join(filter(None, (exact, *([] if held else audit.get("scope", ())), told)))
+        lines = tuple(_beside(metric, beside[metric], sides[metric], held) for metric in beside)
+        return Answer(DISTANCE, f"exact; {said}" if exact else said, told, lines)
     entries = {
         m: e
         for m in headline(results).forgotten
@@ -85,18 +89,20 @@ def _distance(results: Record, audit: Record | None) -> Answer:
         told = (
             "On the forget group, beside the retrained model. Whether such gaps are chance is not known from one run."
         )
-        return Answer(DISTANCE, f"gap of {max(map(abs, gaps.values())):.3f}{' at most' * (len(gaps) > 1)}", told, lines)
-    if made and all(claim in EXACT for claim in made):
-        return Answer(DISTANCE, "exact", " ".join(explained(claim) for claim in made))
+        said = f"gap of {max(map(abs, gaps.values())):.3f}{' at most' * (len(gaps) > 1)}"
+        return Answer(DISTANCE, f"exact; {said}" if exact else said, " ".join(filter(None, (exact, told))), lines)
+    if exact:
+        return Answer(DISTANCE, "exact", exact)
     told = "No figures of a model retrained without the forgotten data are recorded. `hf-clmul reference` trains one."
     return Answer(DISTANCE, "not known", told)
 
 
-def _beside(metric: str, entry: Record, where: str | None) -> Line:
+def _beside(metric: str, entry: Record, where: str | None, held: bool) -> Line:
+    """More than the retrained model shows is against the run only if it was trained on the examples: `held`."""
     run, other, (gap, between) = shown(entry["run"])[0], shown(entry["reference"])[0], shown(entry["gap"])
     mark = NOT_APART if where == "cannot be told apart" else where or "no interval"
     note = f"gap {gap}{f' (95 %: {between})' if between else ''}"
-    return Line(mark, where == "above", metric_label(metric), f"{run}, retrained {other}", note)
+    return Line(mark, held and where == "above", metric_label(metric), f"{run}, retrained {other}", note)
 
 
 def _recorded(results: Record, metric: str, entry: Record, gap: float) -> Line:
