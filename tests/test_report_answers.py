@@ -144,15 +144,36 @@ def test_what_came_back_stands_first_and_what_was_not_tried_last():
     assert [line.title for line in back.lines] == titles
 
 
+def destroyed(attack, metrics=None):
+    """What is left of an attack that ends before the first figures from after it."""
+    first, second, *_ = attack["points"]
+    points = [{**first, "label": "before", "metrics": metrics or first["metrics"]}, {**second, "metrics": {}}]
+    return {**attack, "points": points, "stopped": "the fine-tuning diverged at step 5"}
+
+
 def test_an_attack_after_which_nothing_could_be_measured_is_not_counted():
     audit = fake_audit()
     relearn, *_ = audit["attacks"]
-    audit["attacks"] = [{**relearn, "points": [{**relearn["points"][1], "metrics": {}}]}, audit["attacks"][1]]
+    audit["attacks"] = [destroyed(relearn), audit["attacks"][1]]
     _, back = both(fake_results(), audit)
     assert back.said == "yes, after 1 of 1 attack"
-    assert back.lines[1] == Line(
-        "no figures", False, "Relearning what was forgotten", "", "nothing was measured after it"
-    )
+    note = "nothing could be measured after it: the fine-tuning diverged at step 5"
+    assert back.lines[1] == Line("no figures", False, "Relearning what was forgotten", "", note)
+
+
+def test_an_only_attack_after_which_nothing_could_be_measured_was_made():
+    audit = fake_audit()
+    relearn, _, removed = audit["attacks"]
+    own = {"leak_share": {"run": estimate(0.9), "reference": estimate(0.1), "gap": estimate(0.8)}}
+    audit["attacks"] = [destroyed(relearn, own), removed]
+    _, back = both(fake_results(), audit)
+    assert (back.said, back.told) == ("not known", "Nothing could be measured after 1 attack.")
+    assert [line.mark for line in back.lines] == ["no figures", "not tried"]
+    audit["attacks"] = [removed]
+    assert both(fake_results(), audit)[1].told == "No attack could be made on this model."
+    audit |= {"attacks": [relearn], "before": {}}
+    told = both(fake_results(), audit)[1].told
+    assert told == "Nothing could be measured of the forgotten examples before any attack."
 
 
 def test_of_pictures_what_is_still_drawn_is_told():

@@ -1,7 +1,7 @@
 """The two questions of every run that unlearned something, answered first: how far is it from a model that never saw the data, and does
 it come back? From the records of a run and of its audit to words and numbers; it knows nothing of pages."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from hf_clmul.report.tables import (
 
 Record = Mapping[str, Any]
 DISTANCE, RETURN = "How far from a model that never saw the data?", "Does it come back?"
-NOT_APART, NOT_TRIED = "no sure gap", "not tried"
+NOT_APART, NO_FIGURES, NOT_TRIED = "no sure gap", "no figures", "not tried"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _return(audit: Record | None) -> Answer:
         audit["before"], audit["attacks"], audit["reference_missing"], lambda name: attack_title(name).lower(), held
     )
     if told is None:
-        return Answer(RETURN, NOT_TRIED, "No attack could be made on this model.", lines)
+        return Answer(RETURN, *_untold(audit["attacks"], bool(told_of)), lines)
     back, count = sum(bool(came_back(attack, audit["before"])) for attack in told_of), _counted(len(told_of), "attack")
     told = " ".join([*audit.get("scope", ()), told])
     if not held:
@@ -135,6 +135,15 @@ def _return(audit: Record | None) -> Answer:
     else:
         said = f"perhaps: {back} of {count} raised something"
     return Answer(RETURN, said, told, lines)
+
+
+def _untold(attacks: Sequence[Record], after: bool) -> tuple[str, str]:
+    """Where there is nothing to sum up; `after` says whether there are figures from after an attack."""
+    made = sum(attack["absent"] is None for attack in attacks)
+    if not made:
+        return NOT_TRIED, "No attack could be made on this model."
+    when = "of the forgotten examples before any attack" if after else f"after {_counted(made, 'attack')}"
+    return "not known", f"Nothing could be measured {when}."
 
 
 def _order(line: Line) -> int:
@@ -181,13 +190,12 @@ def _change(mark: str, bad: bool, title: str, metric: str, start: Record, point:
 
 def _only_after(attack: Record, title: str) -> Line:
     """Of an attack whose metrics there are only under it, so that there is nothing before it."""
-    metrics = dict.fromkeys(
-        metric for point in attack["points"] for metric in point["metrics"] if metric not in FALLING
-    )
-    if not metrics:
-        return Line("no figures", False, title, "", "nothing was measured after it")
-    metric = next(iter(metrics))
-    point = telling(metric, attack["points"])
+    after = [point for point in attack["points"] if point["label"] != "before"]
+    metric = next((metric for point in after for metric in point["metrics"] if metric not in FALLING), None)
+    if metric is None:
+        why = f": {attack['stopped']}" if attack.get("stopped") else ""
+        return Line(NO_FIGURES, False, title, "", f"nothing could be measured after it{why}")
+    point = telling(metric, after)
     entry = point["metrics"][metric]
     where = side(entry) if entry["reference"] is not None else None
     found = f"{metric_in_text(metric)} {shown(entry['run'])[0]}"
