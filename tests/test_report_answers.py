@@ -123,15 +123,31 @@ def test_where_nothing_rose_for_sure_the_highest_point_is_told():
     assert back.lines == (Line("no sure rise", False, "Quantization", found, "int8; gap 0.009 → 0.010"),)
 
 
-@pytest.mark.parametrize(("other", "mark", "bad"), [(0.1, "above", True), (0.5, "no sure gap", False)])
-def test_an_attack_with_metrics_of_its_own_stands_beside_the_reference(other, mark, bad):
-    audit = fake_audit()
+def sampled(other):
+    """An attack with a metric that there is only under it."""
     entry = {"run": estimate(0.5), "reference": estimate(other), "gap": estimate(abs(0.5 - other))}
     point = {"label": "32 samples", "x": None, "metrics": {"leak_share": entry}, "samples": []}
-    audit["attacks"] = [{**audit["attacks"][1], "attack": "sample", "points": [point]}]
-    _, back = both(fake_results(), audit)
+    return {**fake_audit()["attacks"][1], "attack": "sample", "points": [point]}
+
+
+@pytest.mark.parametrize(("other", "mark"), [(0.1, "above, not counted"), (0.5, "no sure gap"), (0.9, "below")])
+def test_an_attack_with_metrics_of_its_own_stands_beside_the_reference(other, mark):
+    _, back = both(fake_results(), fake_audit() | {"attacks": [sampled(other)]})
     found = f"share of leaks 0.500, retrained {other:.3f}"
-    assert back.lines == (Line(mark, bad, "Many samples", found, "32 samples"),)
+    assert back.lines == (Line(mark, False, "Many samples", found, "32 samples"),)
+
+
+def test_what_is_not_counted_stands_behind_what_came_back_or_rose():
+    audit = fake_audit()
+    relearn, quantize, removed = audit["attacks"]
+    alone = {**fake_audit(reference=False)["attacks"][1], "attack": "benign"}
+    calm = {**quantize, "attack": "prefix", "points": quantize["points"][:2]}
+    audit["attacks"] = [removed, destroyed(quantize), sampled(0.1), calm, alone, relearn]
+    marks = [line.mark for line in both(fake_results(), audit)[1].lines]
+    assert marks == ["came back", "rose", "above, not counted", "no sure rise", "no figures", "not tried"]
+    audit["held"] = False
+    marks = [line.mark for line in both(fake_results(), audit)[1].lines]
+    assert marks == ["rose", "rose", "above, not counted", "no sure rise", "no figures", "not tried"]
 
 
 def test_what_came_back_stands_first_and_what_was_not_tried_last():

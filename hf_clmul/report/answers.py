@@ -33,6 +33,7 @@ from hf_clmul.report.tables import (
 
 Record = Mapping[str, Any]
 DISTANCE, RETURN = "How far from a model that never saw the data?", "Does it come back?"
+BACK, ROSE = "came back", "rose"
 NOT_APART, NO_FIGURES, NOT_TRIED = "no sure gap", "no figures", "not tried"
 
 
@@ -147,8 +148,9 @@ def _untold(attacks: Sequence[Record], after: bool) -> tuple[str, str]:
 
 
 def _order(line: Line) -> int:
-    """What came back first, what was not tried last."""
-    return 0 if line.bad else 2 if line.mark == NOT_TRIED else 1
+    """What came back or rose first, and first of it what counts; what was not tried last."""
+    last = {NO_FIGURES: 3, NOT_TRIED: 4}
+    return (0 if line.bad else 1) if line.mark in (BACK, ROSE) else last.get(line.mark, 2)
 
 
 def _line(attack: Record, audit: Record) -> Line:
@@ -160,8 +162,8 @@ def _line(attack: Record, audit: Record) -> Line:
     back = {metric: point for metric, point in came_back(attack, before).items() if metric in start}
     alone = rose_unmatched(attack, before)
     for found, mark, bad in (
-        (back, "came back" if audit["reference"] is not None and held else "rose", held),
-        (alone, "rose", False),
+        (back, BACK if audit["reference"] is not None and held else ROSE, held),
+        (alone, ROSE, False),
         (dict(_highest(attack, start)), "no sure rise", False),
     ):
         for metric, point in found.items():
@@ -189,7 +191,8 @@ def _change(mark: str, bad: bool, title: str, metric: str, start: Record, point:
 
 
 def _only_after(attack: Record, title: str) -> Line:
-    """Of an attack whose metrics there are only under it, so that there is nothing before it."""
+    """Of an attack whose metrics there are only under it, so that there is nothing before it: none is counted as a return, as the
+    model may have shown as much all along."""
     after = [point for point in attack["points"] if point["label"] != "before"]
     metric = next((metric for point in after for metric in point["metrics"] if metric not in FALLING), None)
     if metric is None:
@@ -201,8 +204,8 @@ def _only_after(attack: Record, title: str) -> Line:
     found = f"{metric_in_text(metric)} {shown(entry['run'])[0]}"
     if entry["reference"] is not None:
         found += f", retrained {shown(entry['reference'])[0]}"
-    mark = {None: "not judged", "cannot be told apart": NOT_APART}.get(where, where)
-    return Line(mark, where == "above", title, found, point["label"])
+    mark = {None: "not judged", "cannot be told apart": NOT_APART, "above": "above, not counted"}.get(where, where)
+    return Line(mark, False, title, found, point["label"])
 
 
 def _counted(count: int, what: str) -> str:
