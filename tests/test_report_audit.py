@@ -6,6 +6,7 @@ from fake_pictures import fake_pictures
 from fake_results import fake_results, write_fake_run
 from test_report import Page, cells
 
+from hf_clmul.evaluation.audit.verdict import verdict
 from hf_clmul.hashes import digest
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.report.audit import attack_tables, general, referenced, shown
@@ -41,9 +42,23 @@ def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
 def test_a_card_of_an_attack_that_ended_early_says_why():
     audit = fake_audit()
     audit["attacks"][0]["stopped"] = "the fine-tuning diverged at step 30"
+    text = section(audit)
+    assert "It ended early: the fine-tuning diverged at step 30</p>" in text
+
+
+def test_a_card_says_once_why_an_attack_ended_early_or_was_not_tried():
+    audit = fake_audit()
+    audit["attacks"][0]["stopped"] = "the fine-tuning diverged at step 30"
+    audit["verdict"] = verdict(audit["before"], audit["attacks"], None)
+    text = section(audit)
+    assert text.lower().count("ended early") == 1 and "It ended early, the fine-tuning diverged at step 30." in text
+    absent = "Not tried, the run left no adapter that could be taken off."
+    assert text.lower().count("not tried") == 1 and absent in text
+
+
+def section(audit):
     shown = Audit([(table, None) for table in attack_tables(audit)], [], "")
-    text = " ".join(rendered("report_audit.html.j2", audit=shown, said=headline(fake_results())).split())
-    assert text.count("It ended early:") == 1 and "It ended early: the fine-tuning diverged at step 30</p>" in text
+    return " ".join(rendered("report_audit.html.j2", audit=shown, said=headline(fake_results())).split())
 
 
 def test_a_metric_has_no_rows_of_dashes_for_points_that_it_was_not_measured_at():
