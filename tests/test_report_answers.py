@@ -113,12 +113,34 @@ def test_of_a_model_that_never_met_the_examples_nothing_comes_back():
     assert not any(line.bad or line.mark == "came back" for line in found.lines)
 
 
+@pytest.mark.parametrize("reference", [True, False])
+def test_where_nothing_came_back_it_is_told_what_was_there_before(reference):
+    audit = fake_audit(reference)
+    audit["attacks"] = audit["attacks"][1:2]
+    audit["attacks"][0]["points"] = audit["attacks"][0]["points"][:2]
+    audit["before"]["rouge_l_recall"]["run"] = estimate(0.95)
+    start = "Before any attack the run already lies "
+    told = both(fake_results() | {"reference": None}, audit)[1].told
+    there = "above the retrained model in ROUGE-L recall: " if reference else "near 1 in ROUGE-L recall, so "
+    assert told.startswith(start + there) and told.index("see above") > len(start + there)
+    audit["before"]["rouge_l_recall"] = audit["before"]["answer_probability"]
+    assert start not in both(fake_results(), audit)[1].told
+
+
+def test_without_a_reference_what_no_attack_could_raise_is_told_beside_what_rose():
+    audit = fake_audit(reference=False)
+    audit["before"] = audit["before"] | {"exact_memorization": {"run": estimate(1.0), "reference": None, "gap": None}}
+    back = both(fake_results() | {"reference": None}, audit)[1]
+    assert back.said == "perhaps: 2 of 2 attacks raised something"
+    assert back.told.startswith("Before any attack the run already lies near 1 in exact memorization, so")
+
+
 def test_where_nothing_rose_for_sure_the_highest_point_is_told():
     audit = fake_audit()
     audit["attacks"] = audit["attacks"][1:2]
     audit["attacks"][0]["points"].pop()  # nf4
     _, back = both(fake_results(), audit)
-    assert back.said == "not for sure, after 1 attack"
+    assert back.said == "no sure return after 1 attack"
     found = "answer probability 0.119 → 0.120, retrained 0.110"
     assert back.lines == (Line("no sure rise", False, "Quantization", found, "int8; gap 0.009 → 0.010"),)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_clmul.evaluation.audit.verdict import (
     FALLING,
+    already,
     came_back,
     rose_unmatched,
     side,
@@ -126,11 +127,17 @@ def _return(audit: Record | None) -> Answer:
     if told is None:
         return Answer(RETURN, *_untold(audit["attacks"], bool(told_of)), lines)
     back, count = sum(bool(came_back(attack, audit["before"])) for attack in told_of), _counted(len(told_of), "attack")
-    told = " ".join([*audit.get("scope", ()), told])
+    # Where attacks brought nothing back this is half of the answer; beside a retrained model the first answer has it.
+    there = (
+        None
+        if back and audit["reference"] is not None
+        else already(audit["before"], audit["reference"] is not None, held)
+    )
+    told = " ".join(filter(None, (*audit.get("scope", ()), there, told)))
     if not held:
         said = "nothing was there to come back"
     elif not back:
-        said = f"not for sure, after {count}"
+        said = f"no sure return after {count}"
     elif audit["reference"] is not None:
         said = f"yes, after {back} of {count}"
     else:
