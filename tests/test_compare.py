@@ -46,6 +46,17 @@ def test_cells_and_places_are_those_of_the_last_stage(tmp_path):
     assert found.notes == ("One seed each: differences may be chance.",)
 
 
+def test_an_audit_of_an_earlier_model_is_not_compared(tmp_path):
+    one, two = (run(tmp_path / n, n, 0.1, 0.9, finished=f, reference=None) for n, f in (("a", "2025"), ("b", "2027")))
+    for folder in (one, two):
+        write_fake_audit(folder)
+    first, second = (
+        dict(zip(found.columns, r.cells, strict=True)) for found in [compare([one, two])] for r in found.runs
+    )
+    assert first["widest gap in the audit"].startswith("0.800") and second["widest gap in the audit"] == "–"
+    assert second["gap to reference"] == "–"
+
+
 def test_equal_names_are_told_apart_by_their_folders(tmp_path):
     found = compare([run(tmp_path / "a", "npo", 0.1, 0.9), run(tmp_path / "b", "npo", 0.2, 0.9, seed=1)])
     assert [r.name for r in found.runs] == ["npo (a)", "npo (b)"] and not found.notes

@@ -37,6 +37,31 @@ def test_less_than_the_reference_is_no_mark_against_the_run():
     assert (line.mark, line.bad) == ("below", False)
 
 
+def test_below_is_told_without_a_cause():
+    told = both(fake_results(), fake_audit())[0].told
+    assert told.endswith("below: less than such a model shows.") and "removed" not in told
+
+
+def test_a_model_that_never_met_the_examples_is_not_blamed_for_what_it_shows():
+    scope = "RUN/model was not trained on them."
+    distance, _ = both(fake_results(), fake_audit() | {"held": False, "scope": [scope]})
+    assert [(line.mark, line.bad) for line in distance.lines] == [("no sure gap", False), ("above", False)]
+    assert distance.told.startswith(f"{scope} Of the forgotten examples, ")
+    held = both(fake_results(), fake_audit() | {"scope": [scope]})[0]
+    assert held.told.startswith("Of the forgotten examples, ")
+
+
+@pytest.mark.parametrize(("audit", "said"), [(fake_audit(), "1 of 2 metrics differs"), (None, "gap of 0.011 at most")])
+def test_an_exact_claim_comes_before_the_figures(audit, said):
+    results = fake_results()
+    results["stages"][-1]["how"] = "exact by deletion"
+    distance, _ = both(results, audit)
+    assert distance.said == f"exact; {said}" and len(distance.lines) == 2
+    assert distance.told.startswith("Exact by deletion means that ")
+    results["stages"].append(dict(results["stages"][-1], how="approximate, with audit"))
+    assert "xact" not in both(results, audit)[0].said + both(results, audit)[0].told
+
+
 def test_without_an_audit_it_is_that_of_the_record():
     distance, back = both(fake_results(), None)
     assert distance.said == "gap of 0.011 at most"  # 0.1187 and 0.1094; 0.3322 and 0.3217
@@ -88,25 +113,63 @@ def test_of_a_model_that_never_met_the_examples_nothing_comes_back():
     assert not any(line.bad or line.mark == "came back" for line in found.lines)
 
 
+@pytest.mark.parametrize("reference", [True, False])
+def test_where_nothing_came_back_it_is_told_what_was_there_before(reference):
+    audit = fake_audit(reference)
+    audit["attacks"] = audit["attacks"][1:2]
+    audit["attacks"][0]["points"] = audit["attacks"][0]["points"][:2]
+    audit["before"]["rouge_l_recall"]["run"] = estimate(0.95)
+    start = "Before any attack the run already lies "
+    told = both(fake_results() | {"reference": None}, audit)[1].told
+    there = "above the retrained model in ROUGE-L recall: " if reference else "near 1 in ROUGE-L recall, so "
+    assert told.startswith(start + there) and told.index("see above") > len(start + there)
+    audit["before"]["rouge_l_recall"] = audit["before"]["answer_probability"]
+    assert start not in both(fake_results(), audit)[1].told
+
+
+def test_without_a_reference_what_no_attack_could_raise_is_told_beside_what_rose():
+    audit = fake_audit(reference=False)
+    audit["before"] = audit["before"] | {"exact_memorization": {"run": estimate(1.0), "reference": None, "gap": None}}
+    back = both(fake_results() | {"reference": None}, audit)[1]
+    assert back.said == "perhaps: 2 of 2 attacks raised something"
+    assert back.told.startswith("Before any attack the run already lies near 1 in exact memorization, so")
+
+
 def test_where_nothing_rose_for_sure_the_highest_point_is_told():
     audit = fake_audit()
     audit["attacks"] = audit["attacks"][1:2]
     audit["attacks"][0]["points"].pop()  # nf4
     _, back = both(fake_results(), audit)
-    assert back.said == "not for sure, after 1 attack"
+    assert back.said == "no sure return after 1 attack"
     found = "answer probability 0.119 → 0.120, retrained 0.110"
     assert back.lines == (Line("no sure rise", False, "Quantization", found, "int8; gap 0.009 → 0.010"),)
 
 
-@pytest.mark.parametrize(("other", "mark", "bad"), [(0.1, "above", True), (0.5, "no sure gap", False)])
-def test_an_attack_with_metrics_of_its_own_stands_beside_the_reference(other, mark, bad):
-    audit = fake_audit()
+def sampled(other):
+    """An attack with a metric that there is only under it."""
     entry = {"run": estimate(0.5), "reference": estimate(other), "gap": estimate(abs(0.5 - other))}
     point = {"label": "32 samples", "x": None, "metrics": {"leak_share": entry}, "samples": []}
-    audit["attacks"] = [{**audit["attacks"][1], "attack": "sample", "points": [point]}]
-    _, back = both(fake_results(), audit)
+    return {**fake_audit()["attacks"][1], "attack": "sample", "points": [point]}
+
+
+@pytest.mark.parametrize(("other", "mark"), [(0.1, "above, not counted"), (0.5, "no sure gap"), (0.9, "below")])
+def test_an_attack_with_metrics_of_its_own_stands_beside_the_reference(other, mark):
+    _, back = both(fake_results(), fake_audit() | {"attacks": [sampled(other)]})
     found = f"share of leaks 0.500, retrained {other:.3f}"
-    assert back.lines == (Line(mark, bad, "Many samples", found, "32 samples"),)
+    assert back.lines == (Line(mark, False, "Many samples", found, "32 samples"),)
+
+
+def test_what_is_not_counted_stands_behind_what_came_back_or_rose():
+    audit = fake_audit()
+    relearn, quantize, removed = audit["attacks"]
+    alone = {**fake_audit(reference=False)["attacks"][1], "attack": "benign"}
+    calm = {**quantize, "attack": "prefix", "points": quantize["points"][:2]}
+    audit["attacks"] = [removed, destroyed(quantize), sampled(0.1), calm, alone, relearn]
+    marks = [line.mark for line in both(fake_results(), audit)[1].lines]
+    assert marks == ["came back", "rose", "above, not counted", "no sure rise", "no figures", "not tried"]
+    audit["held"] = False
+    marks = [line.mark for line in both(fake_results(), audit)[1].lines]
+    assert marks == ["rose", "rose", "above, not counted", "no sure rise", "no figures", "not tried"]
 
 
 def test_what_came_back_stands_first_and_what_was_not_tried_last():
@@ -119,15 +182,36 @@ def test_what_came_back_stands_first_and_what_was_not_tried_last():
     assert [line.title for line in back.lines] == titles
 
 
+def destroyed(attack, metrics=None):
+    """What is left of an attack that ends before the first figures from after it."""
+    first, second, *_ = attack["points"]
+    points = [{**first, "label": "before", "metrics": metrics or first["metrics"]}, {**second, "metrics": {}}]
+    return {**attack, "points": points, "stopped": "the fine-tuning diverged at step 5"}
+
+
 def test_an_attack_after_which_nothing_could_be_measured_is_not_counted():
     audit = fake_audit()
     relearn, *_ = audit["attacks"]
-    audit["attacks"] = [{**relearn, "points": [{**relearn["points"][1], "metrics": {}}]}, audit["attacks"][1]]
+    audit["attacks"] = [destroyed(relearn), audit["attacks"][1]]
     _, back = both(fake_results(), audit)
     assert back.said == "yes, after 1 of 1 attack"
-    assert back.lines[1] == Line(
-        "no figures", False, "Relearning what was forgotten", "", "nothing was measured after it"
-    )
+    note = "nothing could be measured after it: the fine-tuning diverged at step 5"
+    assert back.lines[1] == Line("no figures", False, "Relearning what was forgotten", "", note)
+
+
+def test_an_only_attack_after_which_nothing_could_be_measured_was_made():
+    audit = fake_audit()
+    relearn, _, removed = audit["attacks"]
+    own = {"leak_share": {"run": estimate(0.9), "reference": estimate(0.1), "gap": estimate(0.8)}}
+    audit["attacks"] = [destroyed(relearn, own), removed]
+    _, back = both(fake_results(), audit)
+    assert (back.said, back.told) == ("not known", "Nothing could be measured after 1 attack.")
+    assert [line.mark for line in back.lines] == ["no figures", "not tried"]
+    audit["attacks"] = [removed]
+    assert both(fake_results(), audit)[1].told == "No attack could be made on this model."
+    audit |= {"attacks": [relearn], "before": {}}
+    told = both(fake_results(), audit)[1].told
+    assert told == "Nothing could be measured of the forgotten examples before any attack."
 
 
 def test_of_pictures_what_is_still_drawn_is_told():

@@ -6,7 +6,11 @@ from fake_pictures import fake_pictures
 from fake_results import fake_results, write_fake_run
 from test_report import Page, cells
 
+from hf_clmul.evaluation.audit.verdict import verdict
+from hf_clmul.hashes import digest
+from hf_clmul.ledger import chain as ledger
 from hf_clmul.report.audit import attack_tables, general, referenced, shown
+from hf_clmul.report.audit_age import of_earlier_model
 from hf_clmul.report.audit_figure import attack_figure, describe_attack, is_curve
 from hf_clmul.report.figures import DARK, LIGHT
 from hf_clmul.report.headlines import headline
@@ -38,9 +42,23 @@ def test_a_table_has_a_row_for_each_point_and_three_cells_for_each_metric():
 def test_a_card_of_an_attack_that_ended_early_says_why():
     audit = fake_audit()
     audit["attacks"][0]["stopped"] = "the fine-tuning diverged at step 30"
+    text = section(audit)
+    assert "It ended early: the fine-tuning diverged at step 30</p>" in text
+
+
+def test_a_card_says_once_why_an_attack_ended_early_or_was_not_tried():
+    audit = fake_audit()
+    audit["attacks"][0]["stopped"] = "the fine-tuning diverged at step 30"
+    audit["verdict"] = verdict(audit["before"], audit["attacks"], None)
+    text = section(audit)
+    assert text.lower().count("ended early") == 1 and "It ended early, the fine-tuning diverged at step 30." in text
+    absent = "Not tried, the run left no adapter that could be taken off."
+    assert text.lower().count("not tried") == 1 and absent in text
+
+
+def section(audit):
     shown = Audit([(table, None) for table in attack_tables(audit)], [], "")
-    text = " ".join(rendered("report_audit.html.j2", audit=shown, said=headline(fake_results())).split())
-    assert text.count("It ended early:") == 1 and "It ended early: the fine-tuning diverged at step 30</p>" in text
+    return " ".join(rendered("report_audit.html.j2", audit=shown, said=headline(fake_results())).split())
 
 
 def test_a_metric_has_no_rows_of_dashes_for_points_that_it_was_not_measured_at():
@@ -179,3 +197,40 @@ def test_a_missing_reference_is_said(tmp_path):
     write_fake_audit(write_fake_run(tmp_path), reference=False)
     text = " ".join(write_report(tmp_path).read_text("utf-8").split())
     assert "no reference: none was trained" in text
+
+
+def exported(run, audit):
+    """Lets the ledger tell of an export that the audit is of."""
+    files = {"model.safetensors": "12" * 32, "README.md": "34" * 32}
+    ledger.append(run / "ledger.jsonl", "exported", kind="merged", files=files)
+    results = fake_results()
+    return audit | {"model_sha256": digest([{"model.safetensors": "12" * 32}, results["model"]["sha256"]])}
+
+
+def test_the_ledger_tells_whether_an_audit_is_of_this_model(tmp_path):
+    results = fake_results()
+    audit = exported(tmp_path, fake_audit())
+    assert not of_earlier_model(tmp_path, results, audit)
+    assert not of_earlier_model(tmp_path, results | {"finished": "2030-01-01T00:00:00+00:00"}, audit)  # the same again
+    assert of_earlier_model(tmp_path, results | {"finished": None}, audit)
+    ledger.append(tmp_path / "ledger.jsonl", "exported", kind="merged", files={"model.safetensors": "56" * 32})
+    assert of_earlier_model(tmp_path, results, audit)
+    assert not of_earlier_model(tmp_path, results, None)
+
+
+def test_where_the_ledger_does_not_the_times_tell_it(tmp_path):
+    results, audit = fake_results(), fake_audit()  # created 2026-11-21T10:00:00
+    assert not of_earlier_model(tmp_path, results | {"finished": audit["created"]}, audit)
+    assert of_earlier_model(tmp_path, results | {"finished": "2026-11-21T10:00:01+00:00"}, audit)
+
+
+def test_an_audit_of_an_earlier_model_is_no_answer_for_this_one(tmp_path):
+    results = fake_results() | {"reference": None}
+    write_fake_audit(write_fake_run(tmp_path, results))
+    earlier = "it is of an earlier model. Audit it again."
+    text = " ".join(write_report(tmp_path).read_text("utf-8").split())
+    assert earlier not in text and "Yes, after 2 of 2 attacks" in text and "the audit, which measured" in text
+    write_fake_run(tmp_path, results | {"finished": "2026-11-22T00:00:00+00:00"})
+    text = " ".join(write_report(tmp_path).read_text("utf-8").split())
+    assert earlier in text and "No attack was made on this model." in text and "from 0.009 to 0.800" in text
+    assert "Yes, after" not in text and "the audit, which measured" not in text

@@ -1,12 +1,13 @@
 """The two questions of every run that unlearned something, answered first: how far is it from a model that never saw the data, and does
 it come back? From the records of a run and of its audit to words and numbers; it knows nothing of pages."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hf_clmul.evaluation.audit.verdict import (
     FALLING,
+    already,
     came_back,
     rose_unmatched,
     side,
@@ -33,7 +34,8 @@ from hf_clmul.report.tables import (
 
 Record = Mapping[str, Any]
 DISTANCE, RETURN = "How far from a model that never saw the data?", "Does it come back?"
-NOT_APART, NOT_TRIED = "no sure gap", "not tried"
+BACK, ROSE = "came back", "rose"
+NOT_APART, NO_FIGURES, NOT_TRIED = "no sure gap", "no figures", "not tried"
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,19 @@ def answers(results: Record, audit: Record | None) -> list[Answer]:
 def _distance(results: Record, audit: Record | None) -> Answer:
     beside = {} if audit is None else {m: e for m, e in audit["before"].items() if m not in FALLING and e["gap"]}
     made = claims(results)
+    exact = " ".join(explained(claim) for claim in made) if made and all(claim in EXACT for claim in made) else ""
     if beside:
+        held = audit.get("held", True)
         sides = {metric: side(entry) for metric, entry in beside.items()}
         apart = sum(where in ("above", "below") for where in sides.values())
         said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if apart == 1 else 'differ'}"
         told = (
             f"Of the forgotten examples, beside the retrained model ({audit['reference']['name']}), before any attack. Above: the run "
-            "shows more of them than a model that never saw them; below: less, which shows that something was removed."
+            "shows more of them than a model that never saw them; below: less than such a model shows."
         )
-        return Answer(DISTANCE, said, told, tuple(_beside(metric, beside[metric], sides[metric]) for metric in beside))
+        told = " ".join(filter(None, (exact, *([] if held else audit.get("scope", ())), told)))
+        lines = tuple(_beside(metric, beside[metric], sides[metric], held) for metric in beside)
+        return Answer(DISTANCE, f"exact; {said}" if exact else said, told, lines)
     entries = {
         m: e
         for m in headline(results).forgotten
@@ -85,18 +91,20 @@ def _distance(results: Record, audit: Record | None) -> Answer:
         told = (
             "On the forget group, beside the retrained model. Whether such gaps are chance is not known from one run."
         )
-        return Answer(DISTANCE, f"gap of {max(map(abs, gaps.values())):.3f}{' at most' * (len(gaps) > 1)}", told, lines)
-    if made and all(claim in EXACT for claim in made):
-        return Answer(DISTANCE, "exact", " ".join(explained(claim) for claim in made))
+        said = f"gap of {max(map(abs, gaps.values())):.3f}{' at most' * (len(gaps) > 1)}"
+        return Answer(DISTANCE, f"exact; {said}" if exact else said, " ".join(filter(None, (exact, told))), lines)
+    if exact:
+        return Answer(DISTANCE, "exact", exact)
     told = "No figures of a model retrained without the forgotten data are recorded. `hf-clmul reference` trains one."
     return Answer(DISTANCE, "not known", told)
 
 
-def _beside(metric: str, entry: Record, where: str | None) -> Line:
+def _beside(metric: str, entry: Record, where: str | None, held: bool) -> Line:
+    """More than the retrained model shows is against the run only if it was trained on the examples: `held`."""
     run, other, (gap, between) = shown(entry["run"])[0], shown(entry["reference"])[0], shown(entry["gap"])
     mark = NOT_APART if where == "cannot be told apart" else where or "no interval"
     note = f"gap {gap}{f' (95 %: {between})' if between else ''}"
-    return Line(mark, where == "above", metric_label(metric), f"{run}, retrained {other}", note)
+    return Line(mark, held and where == "above", metric_label(metric), f"{run}, retrained {other}", note)
 
 
 def _recorded(results: Record, metric: str, entry: Record, gap: float) -> Line:
@@ -117,13 +125,19 @@ def _return(audit: Record | None) -> Answer:
         audit["before"], audit["attacks"], audit["reference_missing"], lambda name: attack_title(name).lower(), held
     )
     if told is None:
-        return Answer(RETURN, NOT_TRIED, "No attack could be made on this model.", lines)
+        return Answer(RETURN, *_untold(audit["attacks"], bool(told_of)), lines)
     back, count = sum(bool(came_back(attack, audit["before"])) for attack in told_of), _counted(len(told_of), "attack")
-    told = " ".join([*audit.get("scope", ()), told])
+    # Where attacks brought nothing back this is half of the answer; beside a retrained model the first answer has it.
+    there = (
+        None
+        if back and audit["reference"] is not None
+        else already(audit["before"], audit["reference"] is not None, held)
+    )
+    told = " ".join(filter(None, (*audit.get("scope", ()), there, told)))
     if not held:
         said = "nothing was there to come back"
     elif not back:
-        said = f"not for sure, after {count}"
+        said = f"no sure return after {count}"
     elif audit["reference"] is not None:
         said = f"yes, after {back} of {count}"
     else:
@@ -131,9 +145,19 @@ def _return(audit: Record | None) -> Answer:
     return Answer(RETURN, said, told, lines)
 
 
+def _untold(attacks: Sequence[Record], after: bool) -> tuple[str, str]:
+    """Where there is nothing to sum up; `after` says whether there are figures from after an attack."""
+    made = sum(attack["absent"] is None for attack in attacks)
+    if not made:
+        return NOT_TRIED, "No attack could be made on this model."
+    when = "of the forgotten examples before any attack" if after else f"after {_counted(made, 'attack')}"
+    return "not known", f"Nothing could be measured {when}."
+
+
 def _order(line: Line) -> int:
-    """What came back first, what was not tried last."""
-    return 0 if line.bad else 2 if line.mark == NOT_TRIED else 1
+    """What came back or rose first, and first of it what counts; what was not tried last."""
+    last = {NO_FIGURES: 3, NOT_TRIED: 4}
+    return (0 if line.bad else 1) if line.mark in (BACK, ROSE) else last.get(line.mark, 2)
 
 
 def _line(attack: Record, audit: Record) -> Line:
@@ -145,8 +169,8 @@ def _line(attack: Record, audit: Record) -> Line:
     back = {metric: point for metric, point in came_back(attack, before).items() if metric in start}
     alone = rose_unmatched(attack, before)
     for found, mark, bad in (
-        (back, "came back" if audit["reference"] is not None and held else "rose", held),
-        (alone, "rose", False),
+        (back, BACK if audit["reference"] is not None and held else ROSE, held),
+        (alone, ROSE, False),
         (dict(_highest(attack, start)), "no sure rise", False),
     ):
         for metric, point in found.items():
@@ -174,21 +198,21 @@ def _change(mark: str, bad: bool, title: str, metric: str, start: Record, point:
 
 
 def _only_after(attack: Record, title: str) -> Line:
-    """Of an attack whose metrics there are only under it, so that there is nothing before it."""
-    metrics = dict.fromkeys(
-        metric for point in attack["points"] for metric in point["metrics"] if metric not in FALLING
-    )
-    if not metrics:
-        return Line("no figures", False, title, "", "nothing was measured after it")
-    metric = next(iter(metrics))
-    point = telling(metric, attack["points"])
+    """Of an attack whose metrics there are only under it, so that there is nothing before it: none is counted as a return, as the
+    model may have shown as much all along."""
+    after = [point for point in attack["points"] if point["label"] != "before"]
+    metric = next((metric for point in after for metric in point["metrics"] if metric not in FALLING), None)
+    if metric is None:
+        why = f": {attack['stopped']}" if attack.get("stopped") else ""
+        return Line(NO_FIGURES, False, title, "", f"nothing could be measured after it{why}")
+    point = telling(metric, after)
     entry = point["metrics"][metric]
     where = side(entry) if entry["reference"] is not None else None
     found = f"{metric_in_text(metric)} {shown(entry['run'])[0]}"
     if entry["reference"] is not None:
         found += f", retrained {shown(entry['reference'])[0]}"
-    mark = {None: "not judged", "cannot be told apart": NOT_APART}.get(where, where)
-    return Line(mark, where == "above", title, found, point["label"])
+    mark = {None: "not judged", "cannot be told apart": NOT_APART, "above": "above, not counted"}.get(where, where)
+    return Line(mark, False, title, found, point["label"])
 
 
 def _counted(count: int, what: str) -> str:

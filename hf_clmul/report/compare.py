@@ -9,6 +9,7 @@ from typing import Any
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.report.audit import attack_title, referenced
+from hf_clmul.report.audit_age import of_earlier_model
 from hf_clmul.report.claims import claims
 from hf_clmul.report.headlines import Headline, headline
 from hf_clmul.report.page import picture_of, rendered
@@ -48,8 +49,9 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """Raises RunError for a run that is not complete, for fewer than two, and for runs of different families."""
     if len(folders) < 2:
         raise RunError("compare needs at least two run folders, such as runs/npo and runs/simnpo.")
-    audits = [read_audit(folder) for folder in folders]
-    records = [referenced(_complete(folder), audit) for folder, audit in zip(folders, audits, strict=True)]
+    own = [_complete(folder) for folder in folders]
+    audits = [_audit(folder, record) for folder, record in zip(folders, own, strict=True)]
+    records = [referenced(record, audit) for record, audit in zip(own, audits, strict=True)]
     families = {record["model"].get("family", "causal_lm") for record in records}
     if len(families) > 1:
         raise RunError(
@@ -89,6 +91,12 @@ def efficient(places: Sequence[tuple[float | None, float | None]]) -> frozenset[
 
 def _complete(folder: Path) -> Record:
     return complete_record(folder, "Continue it with `hf-clmul run`, then compare.")
+
+
+def _audit(folder: Path, record: Record) -> Record | None:
+    """None where it is of a model that the run had before this one."""
+    audit = read_audit(folder)
+    return None if of_earlier_model(folder, record, audit) else audit
 
 
 def _columns(said: Headline) -> tuple[tuple[str, ...], list[tuple[str, str]]]:

@@ -13,6 +13,7 @@ from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.report import picture_grid
 from hf_clmul.report.answers import answers
 from hf_clmul.report.audit import AttackTable, attack_tables, general, referenced
+from hf_clmul.report.audit_age import of_earlier_model
 from hf_clmul.report.claims import claims, explained
 from hf_clmul.report.evaluations import evaluated
 from hf_clmul.report.headlines import headline
@@ -91,11 +92,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Audit:
-    """What attacks brought back: a table and a picture each, and what the verdict says of no single one."""
+    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `earlier`: the run went on
+    after it."""
 
     attacks: list[tuple[AttackTable, Picture | None]]
     verdict: list[str]
     reference: str
+    earlier: bool = False
 
 
 def write_report(run: Path) -> Path:
@@ -107,13 +110,15 @@ def write_report(run: Path) -> Path:
 
     audited = read_audit(run)
     own = read_record(run)
-    results = referenced(own, audited)
+    earlier = of_earlier_model(run, own, audited)
+    current = None if earlier else audited  # nothing is said of this model that was found of another
+    results = referenced(own, current)
     folder, tables, suites = run / "report", group_tables(results), suite_tables(results)
     page = rendered(
         _TEMPLATE,
         results=results,
         dash=DASH,
-        answers=answers(own, audited),
+        answers=answers(own, current),
         model=model_name(results["model"]["path"]),
         summary=summary(results),
         key_figures=key_figures(results),
@@ -130,7 +135,7 @@ def write_report(run: Path) -> Path:
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
         evaluations=[evaluated(found, own["finished"]) for found in read_evaluations(run)],
-        audit=None if audited is None else _audit(audited, folder),
+        audit=None if audited is None else _audit(audited, folder, earlier),
         samples=sample_groups(results),
         titles={table.key: table for table in tables},
         facts=facts(run, results),
@@ -175,7 +180,7 @@ def _stream(results: Record, folder: Path) -> Stream:
     )
 
 
-def _audit(record: Record, folder: Path) -> Audit:
+def _audit(record: Record, folder: Path, earlier: bool) -> Audit:
     from hf_clmul.report import audit_figure
 
     attacks: list[tuple[AttackTable, Picture | None]] = []
@@ -196,7 +201,7 @@ def _audit(record: Record, folder: Path) -> Audit:
         if reference
         else f"Each attack on the finished model. There is no reference: {record['reference_missing']}."
     )
-    return Audit(attacks, general(record), told)
+    return Audit(attacks, general(record), told, earlier)
 
 
 def _grids(run: Path, results: Record, folder: Path) -> list[Picture]:

@@ -53,9 +53,9 @@ def verdict(
         return [*scope, "Nothing could be measured of the forgotten examples."]
     referenced = reference_missing is None
     said = [*scope, _before(before, reference_missing)]
-    there = there_before(before)
-    if there:
-        said.append(_already(there, referenced, held))
+    there = already(before, referenced, held)
+    if there is not None:
+        said.append(there)
     said += [sentence for attack in attacks for sentence in _of_attack(attack, before, held)]
     last = summary(before, attacks, reference_missing, held=held)
     return said if last is None else [*said, last]
@@ -203,8 +203,11 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
     return f"Gap to the retrained model on the forgotten examples before any attack: {', '.join(parts)}."
 
 
-def _already(there: Sequence[str], referenced: bool, held: bool) -> str:
-    words = _listed([word(metric) for metric in there])
+def already(before: Mapping[str, Any], referenced: bool, held: bool = True) -> str | None:
+    """What the run shows before any attack; None where it is nothing (`there_before`)."""
+    words = _listed([word(metric) for metric in there_before(before)])
+    if not words:
+        return None
     if not held:
         where = "above the retrained model" if referenced else "near 1"
         return f"Before any attack the run lies {where} in {words}, though it was not trained on the examples."

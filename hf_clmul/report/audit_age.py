@@ -1,0 +1,34 @@
+"""Whether the audit of a run folder is of the model that is there now. From the record of the run, the audit and the ledger alone: it
+reads no weights, and knows nothing of pages."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_clmul.errors import RunError
+from hf_clmul.hashes import digest
+from hf_clmul.ledger import chain as ledger
+
+Record = Mapping[str, Any]
+
+
+def of_earlier_model(run: Path, results: Record, audit: Record | None) -> bool:
+    """Whether the run went on after the audit. Where the ledger does not tell what was exported, the times do."""
+    if audit is None:
+        return False
+    if results["finished"] is None:  # only finished models are audited
+        return True
+    now = _exported(run, results)
+    return audit["created"] < results["finished"] if now is None else audit["model_sha256"] != now
+
+
+def _exported(run: Path, results: Record) -> str | None:
+    """What an audit of the model that was exported last calls `model_sha256`: of all its files but the card, and of its base."""
+    try:
+        events = ledger.verify(run / "ledger.jsonl")
+    except (OSError, RunError):  # a broken ledger is for others to tell of
+        return None
+    files = next((event["files"] for event in reversed(events) if event["event"] == "exported"), None)
+    if files is None:
+        return None
+    return digest([{name: sha256 for name, sha256 in files.items() if name != "README.md"}, results["model"]["sha256"]])
