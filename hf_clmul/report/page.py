@@ -101,13 +101,14 @@ class Audit:
 def write_report(run: Path) -> Path:
     """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
 
-    Raises RunError if RUN/results.json is missing, and if it, an audit or an evaluation is broken or of another version.
+    Raises RunError if RUN/results.json is missing, and if it or an audit is broken or of another version.
     """
     from hf_clmul.paths import atomic_write
 
     audited = read_audit(run)
     own = read_record(run)
     results = referenced(own, audited)
+    measured, unread = read_evaluations(run)
     folder, tables, suites = run / "report", group_tables(results), suite_tables(results)
     page = rendered(
         _TEMPLATE,
@@ -129,7 +130,8 @@ def write_report(run: Path) -> Path:
         bars=_bars(results, folder),
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
-        evaluations=[evaluated(found, own["finished"]) for found in read_evaluations(run)],
+        evaluations=[evaluated(found, own["finished"]) for found in measured],
+        unread=unread,
         audit=None if audited is None else _audit(audited, folder),
         samples=sample_groups(results),
         titles={table.key: table for table in tables},
