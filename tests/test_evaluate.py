@@ -187,7 +187,7 @@ def test_bad_input_is_explained(run, tmp_path):
         evaluate(str(half))
     record = json.loads(evaluate(str(run), suites=["basic"])[0].read_text())
     for content, told in (
-        ("{", "is no record of an evaluation"),
+        ("{", "cannot be read as JSON"),
         (json.dumps({**record, "schema": 0}), "has schema 0"),
         (
             json.dumps({**record, "groups": {"forget": {"metrics": {}}}}),

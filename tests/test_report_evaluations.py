@@ -12,6 +12,7 @@ from hf_clmul.cli_tables import evaluation_table
 from hf_clmul.errors import RunError
 from hf_clmul.report.evaluations import evaluated
 from hf_clmul.report.page import write_report
+from hf_clmul.run.evaluation_record import read_evaluation
 
 NO_PASSAGE = "no forgotten row is a passage"
 NO_REFERENCE = "no reference was measured"
@@ -95,11 +96,34 @@ def test_tasks_of_the_harness_keep_their_names_and_may_have_no_count():
     assert (value.label, value.value, value.interval, value.n) == ("mmlu/acc_norm", "0.250", "", "")
 
 
-def test_a_damaged_record_is_no_traceback(tmp_path):
-    with pytest.raises(
-        RunError, match=r"muse.json is no record of an evaluation: groups: .* Give `hf-clmul evaluate` again"
-    ):
-        write_report(small_run(tmp_path, muse(groups=[])))
+def test_a_damaged_record_keeps_no_other_from_the_page(tmp_path):
+    folder = small_run(tmp_path, muse(groups=[]), muse(suite="mia", suites={}))
+    page = Page(write_report(folder).read_text("utf-8"))
+    text = " ".join(page.text.split())
+    assert len(page.tables) == 4 and "Suite mia" in text and "Suite muse" not in text
+    assert "muse.json is no record of an evaluation: groups: Input should be" in text
+    assert (
+        "Give `hf-clmul evaluate RUN --suites muse` again, which reads back what was measured, or delete the file."
+        in text
+    )
+    (folder / "evaluation" / "mia.json").unlink()
+    page = Page(write_report(folder).read_text("utf-8"))
+    assert len(page.tables) == 3 and "#evaluations" in {link["href"] for link in page.attributes("a")}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "is no record of an evaluation: it is no JSON object. Give"),
+        ("{}", "is no record of an evaluation: it has no `schema`. Give"),
+        ("", r"cannot be read as JSON \(Expecting value: line 1 column 1 \(char 0\)\). Give"),
+        (json.dumps(muse(schema="x")), 'has schema "x", and this version reads 1. Give'),
+    ],
+)
+def test_what_is_no_record_is_explained(tmp_path, content, told):
+    (tmp_path / "mia.json").write_text(content)
+    with pytest.raises(RunError, match=rf"mia.json {told} `hf-clmul evaluate RUN --suites mia` again"):
+        read_evaluation(tmp_path / "mia.json")
 
 
 TERMINAL = """\

@@ -69,5 +69,5 @@ def test_a_task_may_have_any_name(tmp_path):
 
 def test_what_the_trainer_cannot_honour_is_an_error_of_the_recipe(tmp_path):
     recipe = write_recipe(tmp_path, "full")
-    with pytest.raises(RecipeError, match=f"request {LEARN}: .*metric_for_best_model"):
-        execute(recipe, tmp_path / "out", "training.save_strategy=best")
+    with pytest.raises(RecipeError, match=f"request {LEARN}: .*requires non-zero --logging_steps"):
+        execute(recipe, tmp_path / "out", "training.logging_steps=0")

@@ -94,7 +94,7 @@ def test_the_defaults_of_the_class_fit_their_own_types():
         ("max_steps", -1), ("eval_strategy", "no"), ("tf32", None), ("report_to", ["none"]),
         ("report_to", "none"), ("fsdp", True),
         ("lr_scheduler_kwargs", {"num_cycles": 2}), ("optim", "adafactor"),
-        ("trackio_static_space_id", False),
+        ("trackio_static_space_id", False), ("save_strategy", "epoch"),
         ("debug", "underflow_overflow"), ("parallelism_config", {"tp_size": 2}), ("log_level", "info"),
     ],
 )  # fmt: skip
@@ -154,6 +154,9 @@ def test_values_that_fit(field, value):
           for field, value, only, found in [
               ("eval_strategy", "steps", "no", "the text 'steps'"), ("eval_strategy", "epoch", "no", "the text 'epoch'"),
               ("eval_on_start", "true", "false", "true"), ("load_best_model_at_end", "true", "false", "true")]),
+        ("save_strategy: best", "save_strategy: there is nothing to choose a best checkpoint of: the training of a request has no "
+         "data to evaluate on: what is measured before and after each request stands in the section `evaluation`; expected no, "
+         "steps or epoch; found the text 'best'; leave it out"),
         ("train_sampling_strategy: sequential", "train_sampling_strategy: the order of examples is fixed "
          "by the seed, "
          "so that a resume is exact; expected random; found the text 'sequential'; leave it out"),

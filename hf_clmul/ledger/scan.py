@@ -11,7 +11,7 @@ from hf_clmul.ledger.key import KEY
 from hf_clmul.ledger.lineage import Descendant, descendants
 from hf_clmul.ledger.records import Event, tombstones
 from hf_clmul.ledger.scan_cache import cached, learn_from_references, named, referenced
-from hf_clmul.ledger.scan_quotes import quoted
+from hf_clmul.ledger.scan_quotes import Needles, quoted
 from hf_clmul.ledger.scan_text import (
     TABLE,
     TEXT_FILES,
@@ -65,7 +65,9 @@ def scan(root: Path, data: Path | None = None) -> list[Finding]:
     erased = plain_texts(root, events, data)
     if erased is None:
         return [*found, without_key(root)]
-    return [*found, *_quotes(root, erased), *_cached(erased), *_unknown(erased)]
+    needles, captions = erased.needles(), erased.caption_needles()
+    quotes = _quotes(root, erased, needles, captions)
+    return [*found, *quotes, *_cached(erased, needles, captions), *_unknown(erased)]
 
 
 def plain_texts(root: Path, events: Sequence[Event], data: Path | None) -> Erased | None:
@@ -142,8 +144,7 @@ def _unrecorded(root: Path, events: Sequence[Event]) -> Iterator[Finding]:
             yield Finding("unrecorded", str(shown), what, "delete it, unless you know where it is from")
 
 
-def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
-    needles, captions = erased.needles(), erased.caption_needles()
+def _quotes(root: Path, erased: Erased, needles: Needles, captions: Needles) -> Iterator[Finding]:
     for path in text_files(root):
         name = _name(root, path)
         text = readable(path)
@@ -174,12 +175,12 @@ def _quotes(root: Path, erased: Erased) -> Iterator[Finding]:
             yield Finding("quote", name, f"quotes {_count(len(hashes))}", todo)
 
 
-def _cached(erased: Erased) -> Iterator[Finding]:
-    for file in cached(erased):
+def _cached(erased: Erased, needles: Needles, captions: Needles) -> Iterator[Finding]:
+    for file in cached(erased, needles | captions):
         todo = "`hf-clmul scan RUN --redact` deletes the file"
         what = "an audit that quotes an erased example" if file.suffix == ".json" else "a picture of an erased example"
         yield Finding("cache", named(file), f"the cache folder holds {what}", todo)
-    for place in referenced(erased):
+    for place in referenced(needles):
         what = "a reference in the cache folder, which is measured on erased examples, quotes them"
         yield Finding("note", named(place), what, "delete it when no run is compared with it any more")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hf_clmul.data.pictures import FILE, GENERATED
 from hf_clmul.evaluation.audit.kept import AUDITS
-from hf_clmul.ledger.scan_quotes import quoted
+from hf_clmul.ledger.scan_quotes import Needles, quoted
 from hf_clmul.ledger.scan_text import Erased, json_values, plain_text, readable, rows_in
 from hf_clmul.paths import cache_folder
 
@@ -14,19 +14,18 @@ REFERENCES = "references"
 """A folder of the cache."""
 
 
-def cached(erased: Erased) -> list[Path]:
+def cached(erased: Erased, needles: Needles) -> list[Path]:
     """Files in the cache that hold pictures of erased examples, not those that surviving examples have too; and audits of
-    references that quote erased examples."""
+    references that quote erased examples, captions among the `needles`."""
     pictures = [file for file, reference in _files(cache_folder()) if erased.image(reference)]
-    needles = erased.needles() | erased.caption_needles()
     audits = sorted((cache_folder() / AUDITS).glob("*")) if needles else []
     return pictures + [file for file in audits if quoted(needles, readable(file))]
 
 
-def referenced(erased: Erased) -> list[Path]:
+def referenced(needles: Needles) -> list[Path]:
     """What quotes erased examples among the references in the cache, whole run folders and tables of rows: they never learned
     them, but are measured on them."""
-    needles, place = erased.needles(), cache_folder() / REFERENCES
+    place = cache_folder() / REFERENCES
     if not needles:
         return []
     found = [file for file in _of_references() if quoted(needles, readable(file))]

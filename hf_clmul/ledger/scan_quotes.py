@@ -49,11 +49,15 @@ def pieces_of(erased: dict[Texts, str], kept: Iterable[Texts], others: Iterable[
     found = {piece: hashed for texts, hashed in erased.items() for text in texts for piece in pieces(text)}
     if not found:
         return {}
-    wholes = [plain(text) for texts in erased for text in texts]
-    uncut = (text for texts in others for text in texts if not any(plain(text) in whole for whole in wholes))
-    for text in (*(text for texts in kept for text in texts), *uncut):
+    for text in (text for texts in kept for text in texts):
         for piece in pieces(text):
             found.pop(piece, None)
+    wholes = "\n".join(plain(text) for texts in erased for text in texts)  # plain texts have no line breaks
+    for text in (text for texts in others for text in texts):
+        shared = found.keys() & pieces(text)
+        if shared and plain(text) not in wholes:  # the few that share words: a search for each of all takes minutes
+            for piece in shared:
+                del found[piece]
     return found
 
 

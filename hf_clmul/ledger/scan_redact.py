@@ -34,17 +34,18 @@ def redact(root: Path, data: Path | None = None) -> list[str]:
         erased = plain_texts(root, read_events(root), data)
         if erased is None:
             raise RunError(without_key(root).what)
-        needles, changed = erased.needles() | erased.caption_needles(), {}
+        texts, changed = erased.needles(), {}
+        needles = texts | erased.caption_needles()
         for path in text_files(root):
             name = path.relative_to(root).as_posix()
             if not is_evaluation(name):
                 continue
             before, suffix = plain_text(path)
-            after = _report(path, erased) if name == REPORT else _blanked(before, suffix, erased, needles)
+            after = _report(path, erased, texts) if name == REPORT else _blanked(before, suffix, erased, needles)
             if after != before:
                 changed[name] = {"before": _sha256(before), "after": after and _sha256(after)}
                 _replace(path, after)
-        pictures = cached(erased)
+        pictures = cached(erased, needles)
         for file in pictures:
             _replace(file, None)
         if changed or pictures:
@@ -54,9 +55,9 @@ def redact(root: Path, data: Path | None = None) -> list[str]:
     return [*changed, *(f"cache: {named(file)}" for file in pictures)]
 
 
-def _report(path: Path, erased: Erased) -> str | None:
+def _report(path: Path, erased: Erased, needles: Needles) -> str | None:
     page = readable(path)
-    return None if quoted(erased.needles(), page) or erased.captioned(page) else path.read_text("utf-8")
+    return None if quoted(needles, page) or erased.captioned(page) else path.read_text("utf-8")
 
 
 def _blanked(content: str, suffix: str, erased: Erased, needles: Needles) -> str:

@@ -49,6 +49,10 @@ _ONLY: dict[str, tuple[Any, str]] = {
         "the order of examples is fixed by the seed, so that a resume is exact",
     ),
 }
+# Choices of a field that the trainer cannot honour, and why.
+_NEVER: dict[str, tuple[Any, str, str]] = {
+    "save_strategy": ("best", f"there is nothing to choose a best checkpoint of: {_NO_EVAL}", "no, steps or epoch"),
+}
 
 
 def training_keys(tree: Tree) -> Iterator[Key]:
@@ -92,6 +96,9 @@ def _check_field(tree: Tree, key: Key, name: str, value: Any, problems: Problems
     elif name in _ONLY and value != _ONLY[name][0]:
         only, reason = _ONLY[name]
         problems.at(tree, key, reason, str(only).lower(), shown(value), "leave it out")
+    elif name in _NEVER and value == _NEVER[name][0]:
+        _, reason, others = _NEVER[name]
+        problems.at(tree, key, reason, others, shown(value), "leave it out")
 
 
 @cache

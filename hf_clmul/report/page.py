@@ -104,7 +104,7 @@ class Audit:
 def write_report(run: Path) -> Path:
     """Writes RUN/report/report.html and its figures as PNG files beside it; returns the path of the page.
 
-    Raises RunError if RUN/results.json is missing, and if it, an audit or an evaluation is broken or of another version.
+    Raises RunError if RUN/results.json is missing, and if it or an audit is broken or of another version.
     """
     from hf_clmul.paths import atomic_write
 
@@ -113,6 +113,7 @@ def write_report(run: Path) -> Path:
     earlier = of_earlier_model(run, own, audited)
     current = None if earlier else audited  # nothing is said of this model that was found of another
     results = referenced(own, current)
+    measured, unread = read_evaluations(run)
     folder, tables, suites = run / "report", group_tables(results), suite_tables(results)
     page = rendered(
         _TEMPLATE,
@@ -134,7 +135,8 @@ def write_report(run: Path) -> Path:
         bars=_bars(results, folder),
         left_out=max(0, len(results["stages"]) - _DRAWN),
         trainings=_trainings(run, results, folder),
-        evaluations=[evaluated(found, own["finished"]) for found in read_evaluations(run)],
+        evaluations=[evaluated(found, own["finished"]) for found in measured],
+        unread=unread,
         audit=None if audited is None else _audit(audited, folder, earlier),
         samples=sample_groups(results),
         titles={table.key: table for table in tables},

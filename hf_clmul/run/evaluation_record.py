@@ -14,7 +14,6 @@ from hf_clmul.run.results_schema import Group, Suite
 
 SCHEMA = 1
 FOLDER = "evaluation"
-AGAIN = "Give `hf-clmul evaluate` again: what was measured is read back."
 
 
 class Evaluation(BaseModel):
@@ -34,23 +33,33 @@ class Evaluation(BaseModel):
 
 def read_evaluation(path: Path) -> dict[str, Any]:
     """A record that `evaluate` wrote, as it was written. Raises RunError for a damaged one, and one of another version."""
+    again = f"Give `hf-clmul evaluate RUN --suites {path.stem}` again, which reads back what was measured, or delete the file."
     try:
         found = json.loads(path.read_text("utf-8"))
-        schema = found["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no record of an evaluation ({error!r}). {AGAIN}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as JSON ({error}). {again}") from error
+    if not isinstance(found, dict) or "schema" not in found:
+        missing = "it has no `schema`" if isinstance(found, dict) else "it is no JSON object"
+        raise RunError(f"{path} is no record of an evaluation: {missing}. {again}")
+    schema = found["schema"]
     if schema != SCHEMA or isinstance(schema, bool):
-        raise RunError(f"{path} has schema {schema!r}, and this version reads {SCHEMA}. {AGAIN}")
+        raise RunError(f"{path} has schema {json.dumps(schema)}, and this version reads {SCHEMA}. {again}")
     try:
         Evaluation.model_validate(found)
     except ValidationError as error:
-        raise RunError(f"{path} is no record of an evaluation: {first_problem(error)}. {AGAIN}") from None
+        raise RunError(f"{path} is no record of an evaluation: {first_problem(error)}. {again}") from None
     return found
 
 
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """All that were made of a run, by name of the suite. Raises RunError as `read_evaluation`."""
-    return [read_evaluation(path) for path in sorted((run / FOLDER).glob("*.json"))]
+def read_evaluations(run: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All that were made of a run, by name of the suite; and of those that cannot be read, why: one keeps no other from a page."""
+    records, unread = [], []
+    for path in sorted((run / FOLDER).glob("*.json")):
+        try:
+            records.append(read_evaluation(path))
+        except RunError as error:
+            unread.append(str(error))
+    return records, unread
 
 
 def has_numbers(record: Mapping[str, Any]) -> bool:

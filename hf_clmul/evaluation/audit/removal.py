@@ -24,7 +24,7 @@ def remove_adapter(subject: Subject, data: AuditData, seed: int) -> Iterator[Poi
 
     if not isinstance(subject.model, PeftModel):
         raise Absent(
-            "the model has no adapter that unlearned and could be switched off: the run is no filter, or one that was merged"
+            "the model has no adapter that unlearned and could be switched off: the run is no filter, or its adapter was merged"
         )
     yield subject.measure("before")
     with subject.model.disable_adapter():
