@@ -198,8 +198,8 @@ def _change(mark: str, bad: bool, title: str, metric: str, start: Record, point:
 
 
 def _only_after(attack: Record, title: str) -> Line:
-    """Of an attack whose metrics there are only under it, so that there is nothing before it: none is counted as a return, as the
-    model may have shown as much all along."""
+    """Of an attack whose metrics there are only under it, so that there is nothing before it: none is counted
+    as a return, as the model may have shown as much all along."""
     after = [point for point in attack["points"] if point["label"] != "before"]
     metric = next((metric for point in after for metric in point["metrics"] if metric not in FALLING), None)
     if metric is None:

@@ -1,5 +1,5 @@
-"""Whether the audit of a run folder is of the model that is there now. From the record of the run, the audit and the ledger alone: it
-reads no weights, and knows nothing of pages."""
+"""Whether the audit of a run folder is of the model that is there now. From the record of the run, the audit and the
+ledger alone: it reads no weights, and knows nothing of pages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ def of_earlier_model(run: Path, results: Record, audit: Record | None) -> bool:
 
 
 def _exported(run: Path, results: Record) -> str | None:
-    """What an audit of the model that was exported last calls `model_sha256`: of all its files but the card, and of its base."""
+    """The `model_sha256` of an audit of the last export: of all its files but the card, and of its base."""
     try:
         events = ledger.verify(run / "ledger.jsonl")
     except (OSError, RunError):  # a broken ledger is for others to tell of

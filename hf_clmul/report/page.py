@@ -92,8 +92,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Audit:
-    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `earlier`: the run went on
-    after it."""
+    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `earlier`: the
+    run went on after it."""
 
     attacks: list[tuple[AttackTable, Picture | None]]
     verdict: list[str]
