@@ -249,9 +249,11 @@ def evaluate(
                 console().print(evaluation_table(record))
                 say(f"{file}")
             if recipe is None and output is None:
-                from hf_clmul.report.page import write_report
+                from hf_clmul.run.closing import show_anew
+                from hf_clmul.run.folder import RunFolder as Folder
 
-                say(f"report: {write_report(Path(target))}")
+                show_anew(folder := Folder(Path(target)))
+                say(f"report: {folder.report}")
             if empty := [record["suite"] for record in records if not has_numbers(record)]:
                 say(
                     f"nothing could be measured by {', '.join(empty)}: the reasons stand beside each metric",

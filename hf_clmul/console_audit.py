@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hf_clmul.evaluation.audit.verdict import came_back, telling, word
-from hf_clmul.report.tables import DASH
+from hf_clmul.report.tables import DASH, format_value
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,8 +73,9 @@ def own_table(record: Record) -> "Table | None":
         for name in metrics:
             point = telling(name, points)
             entry = point["metrics"][name]
-            other = DASH if entry["reference"] is None else f"{entry['reference']['value']:.2f}"
-            cells = (word(name), point["label"], f"{entry['run']['value']:.2f}", other)
+            # In a table of few columns there is room for what two decimals would make 0: a probability of 0.0029.
+            run, other = (format_value(entry[of] and entry[of]["value"]) for of in ("run", "reference"))
+            cells = (word(name), point["label"], run, other)
             table.add_row(Text(first, style="bold"), *map(Text, cells[: len(columns) - 1]))
             first = ""
     return table if table.row_count else None

@@ -22,7 +22,7 @@ def printed(record):
 def with_samples(record):
     """Its last attack draws samples, and measures nothing that others do."""
     found = {
-        "leak_share": {"run": estimate(0.25), "reference": estimate(0.05), "gap": estimate(0.2)},
+        "leak_share": {"run": estimate(0.25), "reference": estimate(0.0029), "gap": estimate(0.2471)},
         "leak_bound": {"run": estimate(0.5), "reference": None, "gap": None},
     }
     if record["reference"] is None:
@@ -50,11 +50,11 @@ quickstart: does it come back?
 run / reference under the same attack; *
 came back: the intervals are apart
 measured by one attack alone
-  attack   metric                                after         run   reference
+  attack   metric                               after          run   reference
  ──────────────────────────────────────────────────────────────────────────────
-  sample   share of leaks                        32 samples   0.25        0.05
-           upper bound on the probability of a   32 samples   0.50           –
-           leak
+  sample   share of leaks                       32 samples   0.250       0.003
+           upper bound on the probability of    32 samples   0.500           –
+           a leak
 - Relearning opens the gap to the reference from 0.009 to 0.800.
 """
 
@@ -75,10 +75,10 @@ quickstart: does it come back?
    nf4                   0.21*         0.36
 * rose: the intervals are apart
 measured by one attack alone
-  attack   metric                                     after         run
- ───────────────────────────────────────────────────────────────────────
-  sample   share of leaks                             32 samples   0.25
-           upper bound on the probability of a leak   32 samples   0.50
+  attack   metric                                     after          run
+ ────────────────────────────────────────────────────────────────────────
+  sample   share of leaks                             32 samples   0.250
+           upper bound on the probability of a leak   32 samples   0.500
 - Relearning opens the gap to the reference from 0.009 to 0.800.
 """
 
@@ -105,8 +105,8 @@ def test_of_layers_the_one_furthest_from_the_reference_is_told():
         "logit_lens",
         "right tokens inside",
         "layer 1",
-        "0.70",
-        "0.10",
+        "0.700",
+        "0.100",
     ]
 
 

@@ -153,11 +153,14 @@ def test_the_harness_is_looked_for_before_anything_is_measured(run, monkeypatch)
 
 
 def test_the_command_prints_values_and_reasons(run):
+    receipt = next((run / "receipts").glob("*.md"))
+    receipt.unlink()
     done = CliRunner().invoke(app, ["evaluate", str(run), "--suites", "tofu"])
     assert done.exit_code == 0, done.output
     told = " ".join(done.output.split())
     assert "Absent: Model utility (All groups): group `real_authors`" in told and "tofu.json" in told
     assert "Suite tofu" in (run / "report" / "report.html").read_text("utf-8").partition('id="evaluations"')[2]
+    assert receipt.is_file()
 
 
 def test_another_model_is_measured_with_a_recipe(run, tmp_path):

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Any
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.receipt import receipt
 from hf_clmul.paths import atomic_write
+from hf_clmul.plan.steps import Step, plan_steps
+from hf_clmul.recipe.load import load_recipe
 from hf_clmul.report.card_audit import with_audit
 from hf_clmul.report.page import write_report
 from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.hub import push
 
 if TYPE_CHECKING:
-    from hf_clmul.plan.steps import Step
     from hf_clmul.recipe.schema import Recipe
 
 PUBLISHED = ("exported", "audited")
 """Events after which what is on the Hub is no longer what is here: the model or its card."""
 
 
-def close(recipe: "Recipe", folder: RunFolder, steps: "Sequence[Step]") -> None:
+def close(recipe: "Recipe", folder: RunFolder, steps: Sequence[Step]) -> None:
     """The receipts and the report where they are not those of the run as it is now, then the upload."""
     show(folder, steps)
     repo_id, done = recipe.export.push_to_hub, [event["event"] for event in ledger.verify(folder.ledger)]
@@ -30,13 +31,20 @@ def close(recipe: "Recipe", folder: RunFolder, steps: "Sequence[Step]") -> None:
         ledger.append(folder.ledger, "pushed", url=url)
 
 
-def show(folder: RunFolder, steps: "Sequence[Step]") -> None:
+def show(folder: RunFolder, steps: Sequence[Step]) -> None:
     """A report that was deleted says that something changed since."""
     if not folder.report.is_file():
         for step in steps:
             if step.kind == "unlearn":
                 atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
         write_report(folder.root)
+
+
+def show_anew(folder: RunFolder) -> None:
+    """`show` of a finished run that something was measured of since. Raises RunError for a folder that is in use."""
+    with folder.locked():
+        folder.report.unlink(missing_ok=True)
+        show(folder, plan_steps(load_recipe(folder.recipe)))
 
 
 def write_card(folder: RunFolder, record: Mapping[str, Any]) -> None:
