@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hf_clmul.evaluation.audit.verdict import came_back, telling, word
+from hf_clmul.evaluation.audit.verdict import came_back, points_after, telling, word
 from hf_clmul.report.tables import DASH, format_value
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def audit_table(record: Record) -> "Table":
         table.add_column(Text(word(name)), justify="right", min_width=10, max_width=12, overflow="fold")
     table.add_row(Text("before attacks", style="bold"), *(_cell(record["before"].get(name)) for name in metrics))
     for attack in record["attacks"]:
-        points = [point for point in _after(attack) if set(point["metrics"]) & set(metrics)]
+        points = [point for point in points_after(attack) if set(point["metrics"]) & set(metrics)]
         if not points:
             continue
         table.add_section()
@@ -67,7 +67,7 @@ def own_table(record: Record) -> "Table | None":
     for name in columns:
         table.add_column(name, justify="right" if name in columns[3:] else "left", overflow="fold")
     for attack in record["attacks"]:
-        points = _after(attack)
+        points = points_after(attack)
         metrics = dict.fromkeys(name for point in points for name in point["metrics"] if name not in record["before"])
         first = attack["attack"]
         for name in metrics:
@@ -79,10 +79,6 @@ def own_table(record: Record) -> "Table | None":
             table.add_row(Text(first, style="bold"), *map(Text, cells[: len(columns) - 1]))
             first = ""
     return table if table.row_count else None
-
-
-def _after(attack: Record) -> list[Record]:
-    return [point for point in attack["points"] if point["label"] != "before"]
 
 
 def _cell(entry: Record | None, mark: str = "") -> str:

@@ -9,6 +9,7 @@ from hf_clmul.evaluation.audit.verdict import (
     FALLING,
     already,
     came_back,
+    points_after,
     rose_unmatched,
     side,
     start_of,
@@ -179,9 +180,8 @@ def _line(attack: Record, audit: Record) -> Line:
 
 
 def _highest(attack: Record, start: Record) -> Iterator[tuple[str, Record]]:
-    after = [point for point in attack["points"] if point["label"] != "before"]
     for metric in start:
-        points = [point for point in after if metric in point["metrics"]]
+        points = [point for point in points_after(attack) if metric in point["metrics"]]
         if points:
             yield metric, max(points, key=lambda point: point["metrics"][metric]["run"]["value"])
 
@@ -200,7 +200,7 @@ def _change(mark: str, bad: bool, title: str, metric: str, start: Record, point:
 def _only_after(attack: Record, title: str) -> Line:
     """Of an attack whose metrics there are only under it, so that there is nothing before it: none is counted
     as a return, as the model may have shown as much all along."""
-    after = [point for point in attack["points"] if point["label"] != "before"]
+    after = points_after(attack)
     metric = next((metric for point in after for metric in point["metrics"] if metric not in FALLING), None)
     if metric is None:
         why = f": {attack['stopped']}" if attack.get("stopped") else ""

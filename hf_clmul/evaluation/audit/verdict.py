@@ -82,7 +82,7 @@ def summary(
 
 def tried(attacks: Sequence[Record]) -> list[Record]:
     """Those after which something was measured."""
-    return [attack for attack in attacks if _after(attack)]
+    return [attack for attack in attacks if points_after(attack)]
 
 
 def came_back(attack: Record, before: Mapping[str, Any]) -> dict[str, Record]:
@@ -223,7 +223,7 @@ def _of_attack(attack: Record, before: Mapping[str, Any], held: bool) -> Iterato
     if attack["absent"] is not None:
         yield f"{name}: not tried, {attack['absent'].rstrip('.')}."
         return
-    after = _after(attack)
+    after = points_after(attack)
     if after:
         yield from _found(attack, before, after, held)
     else:
@@ -262,7 +262,7 @@ def _found(attack: Record, before: Mapping[str, Any], after: Sequence[Record], h
     yield from _own(name, [m for m in _metrics(after) if m not in start and m not in FALLING], after, referenced)
 
 
-def _after(attack: Record) -> list[Record]:
+def points_after(attack: Record) -> list[Record]:
     """The points behind the first that say anything: of a model that an attack destroyed there are no numbers."""
     return [point for point in attack["points"] if point["label"] != "before" and point["metrics"]]
 
@@ -275,7 +275,7 @@ def rose_unmatched(attack: Record, before: Mapping[str, Any]) -> dict[str, Recor
     """{metric: point} of what rose where there is a reference, but no figure of it under this attack."""
     if not _referenced(before):
         return {}
-    start, back, after = _told(start_of(attack, before)), came_back(attack, before), _after(attack)
+    start, back, after = _told(start_of(attack, before)), came_back(attack, before), points_after(attack)
     rest = [metric for metric in start if metric not in back]
     return {metric: found for metric in rest if (found := _rose_for_sure(metric, start, after)) is not None}
 
