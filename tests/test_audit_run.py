@@ -20,6 +20,7 @@ from hf_clmul.evaluation.audit.protocol import AttackEntry, Point
 from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.ledger.scan import scan
 from hf_clmul.ledger.scan_redact import redact
+from hf_clmul.report.audit_age import of_earlier_model
 from hf_clmul.report.markdown import as_text
 from hf_clmul.run import audit as auditing
 from hf_clmul.run import closing
@@ -73,6 +74,8 @@ def opened(root: Path, *args: Any) -> tuple[dict[str, Any], list[tuple[str, bool
 def test_run_and_reference_meet_the_same_attacks_side_by_side(run, finished):
     record = audit_run(run, ["relearn", "quantize", "remove_adapter"], finished[1], QUICK)
     assert record == read_audit(run)
+    results = json.loads((run / "results.json").read_text())
+    assert not of_earlier_model(run, results, record) and of_earlier_model(run, results, record | {"model_sha256": ""})
     assert [entry["attack"] for entry in record["attacks"]] == ["remove_adapter", "quantize", "relearn"]
     removal, quantized, relearned = record["attacks"]
     assert "no filter" in removal["absent"] and removal["points"] == []

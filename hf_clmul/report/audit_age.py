@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.errors import RunError
-from hf_clmul.hashes import digest
+from hf_clmul.evaluation.audit.record import model_sha256
 from hf_clmul.ledger import chain as ledger
 
 Record = Mapping[str, Any]
@@ -23,12 +23,10 @@ def of_earlier_model(run: Path, results: Record, audit: Record | None) -> bool:
 
 
 def _exported(run: Path, results: Record) -> str | None:
-    """The `model_sha256` of an audit of the last export: of all its files but the card, and of its base."""
+    """The `model_sha256` of an audit of the last export."""
     try:
         events = ledger.verify(run / "ledger.jsonl")
     except (OSError, RunError):  # a broken ledger is for others to tell of
         return None
     files = next((event["files"] for event in reversed(events) if event["event"] == "exported"), None)
-    if files is None:
-        return None
-    return digest([{name: sha256 for name, sha256 in files.items() if name != "README.md"}, results["model"]["sha256"]])
+    return None if files is None else model_sha256(files, results["model"]["sha256"])

@@ -28,7 +28,7 @@ from hf_clmul.evaluation.audit.kept import (
 )
 from hf_clmul.evaluation.audit.merging import compared, merged
 from hf_clmul.evaluation.audit.protocol import Absent, Point, Stopped, Subject
-from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked, read_audit
+from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked, model_sha256, read_audit
 from hf_clmul.evaluation.audit.verdict import verdict
 from hf_clmul.hashes import digest, file_hash, file_hashes
 from hf_clmul.ledger import chain as ledger
@@ -353,6 +353,4 @@ def _model_at(place: Path) -> Model:
 
 
 def _sha256(folder: Path, results: Mapping[str, Any]) -> str:
-    """Of all files but the card, and of the base that an adapter stands on."""
-    files = {name: sha256 for name, sha256 in file_hashes(folder).items() if name != "README.md"}
-    return digest([files, results.get("model", {}).get("sha256")])
+    return model_sha256(file_hashes(folder), results.get("model", {}).get("sha256"))

@@ -2,12 +2,14 @@
 attack by name."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hf_clmul.errors import RunError
+from hf_clmul.hashes import digest
 from hf_clmul.recipe.problems import first_problem
 
 SCHEMA = 1
@@ -97,6 +99,11 @@ class AuditRecord(_Part):
     before: dict[str, Compared]
     attacks: list[AttackRecord]
     verdict: list[str]
+
+
+def model_sha256(files: Mapping[str, str], base: str | None) -> str:
+    """Which model was audited: {file: hash} of all its files but the card, and of the base that an adapter stands on."""
+    return digest([{name: sha256 for name, sha256 in files.items() if name != "README.md"}, base])
 
 
 def checked(record: Any, where: str) -> dict[str, Any]:
