@@ -96,6 +96,7 @@ class ClmulTrainer(Trainer):
         self.family = family if family is not None else TextFamily(processing_class, args.max_length)
         asked = understood(args, model, train_dataset, self.family, conflict_rule, peft_config, given)
         model, self.terms, self.rule, self.lookahead = asked.model, asked.terms, asked.rule, asked.lookahead
+        self.sharpness = asked.sharpness
         if args.lookahead is not None and self.lookahead is None:
             log.warning("train_dataset has one role, with no other to look ahead to: lookahead is left out")
         self.family.bind(model, args.activation_checkpointing, args.autocast_dtype)
@@ -178,7 +179,7 @@ class ClmulTrainer(Trainer):
         if self._window is None:
             self._window = self._new_window()
         measure = bool(self.args.change_steps) and self.state.global_step % self.args.change_steps == 0
-        if not (self.rule.compares or self.lookahead or measure):
+        if not (self.rule.compares or self.lookahead or self.sharpness or measure):
             loss = self._accumulate(model, inputs, num_items_in_batch)
         else:
             self._pending.append(inputs)
@@ -187,8 +188,9 @@ class ClmulTrainer(Trainer):
             batches, self._pending = self._pending, []
             passes = WindowPasses(self, model, batches, num_items_in_batch)
             logged, self._change = resolve(
-                self._window, list(self.terms), self.rule, self.lookahead, passes, self._loss_scale(), measure
-            )
+                self._window, list(self.terms), self.rule, self.lookahead, self.sharpness, passes,
+                self._loss_scale(), measure,
+            )  # fmt: skip
             self._log.add_statistics(logged)
             loss = passes.loss
         if self.accelerator.sync_gradients:
@@ -376,9 +378,8 @@ class ClmulTrainer(Trainer):
         return loss.detach().float(), None, None
 
     def floating_point_ops(self, inputs: Batch) -> int:
-        if _is_flat(inputs):
-            return super().floating_point_ops(inputs)
-        return sum(super(ClmulTrainer, self).floating_point_ops(batch) for batch in inputs.values())
+        batches = [inputs] if _is_flat(inputs) else inputs.values()
+        return sum(super(ClmulTrainer, self).floating_point_ops(batch) for batch in batches)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         for batch in [inputs] if _is_flat(inputs) else inputs.values():

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_clmul.families.options import Decay
 from hf_clmul.gradients.active import active_rule
 from hf_clmul.gradients.conflict import DEFAULT_RULE
-from hf_clmul.gradients.options import Lookahead, Protect, Saliency, options
+from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Sharpness, options
 from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.objectives.penalties import active_penalties
 from hf_clmul.recipe.problems import value_problem
@@ -29,7 +29,7 @@ class ClmulConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS, "learn", "forget", "retain", "memory", "conflict",
-        "lookahead", "saliency", "protect", "teacher", "penalties",
+        "lookahead", "sharpness", "saliency", "protect", "teacher", "penalties",
     ]  # fmt: skip
 
     learn: dict[str, Any] | str | None = field(default=None, metadata={"help": ROLE_TERMS.format("learn", "nll")})
@@ -42,6 +42,8 @@ class ClmulConfig(TrainingArguments):
         "help": "How the roles' gradients become one update: a rule, or {rule: {parameter: value}}."})  # fmt: skip
     lookahead: dict[str, Any] | str | None = field(default=None, metadata={
         "help": "LUR: {inner: retain, mode: cross, alpha: 0.1}, any of them; null: no look ahead."})  # fmt: skip
+    sharpness: dict[str, Any] | str | None = field(default=None, metadata={
+        "help": "SAM: {rho: 0.01}: the forget gradient is taken where the forget loss is highest nearby."})  # fmt: skip
     saliency: dict[str, Any] | str | None = field(default=None, metadata={
         "help": "{train: 0.5} trains the most salient part only; {trim: 0.03} draws it anew first."})  # fmt: skip
     protect: dict[str, Any] | str | None = field(default=None, metadata={
@@ -67,6 +69,7 @@ class ClmulConfig(TrainingArguments):
         active_rule(self.conflict)
         active_penalties(self.penalties)
         options(Lookahead, "lookahead", self.lookahead)
+        options(Sharpness, "sharpness", self.sharpness)
         options(Saliency, "saliency", self.saliency)
         options(Protect, "protect", self.protect)
         if self.change_steps < 0:

@@ -169,6 +169,7 @@ CASES: dict[str, dict[str, Any]] = {
     "learn": {"build": llama, "role": "learn", "max_grad_norm": 1.0},
     "look ahead": {"build": llama, **BOTH, "lookahead": {"alpha": 0.05}, "views": True},
     "look ahead, first order": {"build": adapted, **BOTH, "lookahead": {"alpha": 0.05, "mode": "first_order", "inner": "forget"}},
+    "sharpness": {"build": llama, **BOTH, "sharpness": {"rho": 0.05}, "views": True},
     "pdu": {"build": llama, **BOTH, "conflict": {"pdu": {"start": 1.0, "warmup": 0.5}}},
     "pdu from zero": {"build": llama, **BOTH, "conflict": {"pdu": {"start": 0.0, "warmup": 0.0}}, "views": True},
     "alternate": {"build": llama, **BOTH, "conflict": "alternate"},
@@ -187,6 +188,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random bad teacher, adapter": {"build": llama, "peft_config": LORA, "forget": "bad_teacher", "retain": "nll", "gamma": 0.4},
     "sharded": {"build": sharded, **BOTH, "change_steps": 2},
     "sharded, look ahead": {"build": sharded, **BOTH, "lookahead": {"alpha": 0.05}},
+    "sharded, sharpness": {"build": sharded, **BOTH, "sharpness": {"rho": 0.05}},
 }  # fmt: skip
 
 

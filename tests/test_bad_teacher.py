@@ -23,6 +23,7 @@ from trainer_bed import (
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_clmul.data.roles import derived_seed
+from hf_clmul.gradients.options import OF_STEPS
 from hf_clmul.models import causal_lm
 from hf_clmul.models.teachers import random_like
 from hf_clmul.objectives.active import active_terms
@@ -127,7 +128,7 @@ def test_it_is_gone_where_a_request_fails(tmp_path):
 
 @pytest.mark.parametrize("args", [{"fsdp": "full_shard"}, {"deepspeed": {}}])
 def test_a_whole_model_on_each_rank_is_refused_where_models_are_in_parts(args):
-    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, "lookahead": None, "saliency": None, **args})
+    args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, **dict.fromkeys(OF_STEPS), **args})
     with pytest.raises(
         ValueError, match="forget/bad_teacher makes a whole model .*: give it `weights: uniform`, or use DDP"
     ):

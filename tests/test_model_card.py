@@ -152,6 +152,8 @@ def test_papers_are_those_of_the_methods_used():
     assert rule in RECIPE
     words = rule + "  lookahead: {alpha: 0.1}\n  saliency: {train: 0.5}\n"
     ahead = section(card(recipe=RECIPE.replace(rule, words)), "Papers")
+    sharp = section(card(recipe=RECIPE.replace(rule, rule + "  sharpness: {}\n")), "Papers")
+    assert "- SAM: " in sharp and "arxiv.org/abs/2502.05374" in sharp and "SAM" not in ahead
     assert "- LUR: " in ahead and "2503.06339" in ahead and "- SalUn: " in ahead and "SNIP" not in ahead
 
 

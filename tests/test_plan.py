@@ -337,9 +337,15 @@ def test_the_plan_of_a_part(tmp_path):
 
 
 def test_the_plan_of_a_look_ahead_and_of_a_schedule(tmp_path):
-    """The first keeps one gradient and the weights to put back; the second adds losses up."""
+    """The first keeps one gradient and the weights to put back, as SAM does; the second adds losses up."""
     file = write_recipe(tmp_path, "full")
-    for change, copies in (("lookahead={}", 4 + 1 + 1 + 1), ("conflict=pdu", 4 + 1), ("conflict=gru", 4 + 1 + 1 + 1)):
+    expected = {
+        "lookahead={}": 4 + 1 + 1 + 1,
+        "sharpness={}": 4 + 1 + 1 + 1,
+        "conflict=pdu": 4 + 1,
+        "conflict=gru": 4 + 1 + 1 + 1,
+    }
+    for change, copies in expected.items():
         _, forget = plan_recipe(load_recipe(file, [f"unlearning.{change}"]))
         assert forget["memory_bytes"] == 4 * copies * forget["trainable_parameters"], change
 

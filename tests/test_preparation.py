@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
+from hf_clmul.gradients.options import OF_STEPS
 from hf_clmul.models import causal_lm
 from hf_clmul.objectives import TERMS
 from hf_clmul.objectives.active import active_terms
@@ -204,7 +205,7 @@ def test_what_cannot_go_with_an_edit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="forget/task_vector is an edit, .* no retain term can act: give retain={}"):
         edited(tmp_path, two_roles())
     assert edited(tmp_path, two_roles(), retain={}).terms.keys() == {"forget"}
-    for option, value in (("lookahead", {}), ("saliency", {"train": 0.5})):
+    for option, value in (("lookahead", {}), ("sharpness", {}), ("saliency", {"train": 0.5})):
         with pytest.raises(ValueError, match=f"forget/task_vector is an edit, .* {option} cannot act: leave it out"):
             edited(tmp_path, two_roles(), retain={}, **{option: value})
     with pytest.raises(ValueError, match="works on whole weights, .* train all weights, or take another forget term"):
@@ -223,7 +224,7 @@ def test_what_cannot_go_with_an_edit_is_refused(tmp_path):
      ("whp", {"deepspeed": {}}, "DeepSpeed keeps it in parts"), ("altpo", {"deepspeed": {}}, "DeepSpeed keeps it in parts")],
 )  # fmt: skip
 def test_what_sharded_weights_cannot_do_is_refused(name, args, why):
-    unset = {"fsdp": "", "deepspeed": None, "lookahead": None, "saliency": None, "penalties": None, "protect": None}
+    unset = {"fsdp": "", "deepspeed": None, "penalties": None, **dict.fromkeys(OF_STEPS)}
     args = SimpleNamespace(**{**unset, **args})
     with pytest.raises(ValueError, match=f"forget/{name} .*{why}.*: use DDP"):
         check_preparations(args, llama(), {"forget": active_terms("forget", name)})

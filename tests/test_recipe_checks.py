@@ -90,7 +90,7 @@ MISTAKES = {
         "'requests'?"),
     "training field in the wrong section": ("{npo: {beta: 0.2}}\n", "{npo: {beta: 0.2}}\n  bf16: true\n",
         "r.yaml:15: unlearning.bf16: unknown key; expected one of forget, retain, memory, penalties, gamma, conflict, "
-        "lookahead, saliency, protect, trainable, training; found 'bf16'; it belongs under `unlearning.training`"),
+        "lookahead, sharpness, saliency, protect, trainable, training; found 'bf16'; it belongs under `unlearning.training`"),
     "key of another section": ("name: small\n", "name: small\nconflict: sum\n",
         "r.yaml:3: conflict: unknown key; expected one of recipe_version, name, seed, family, model, diffusion, "
         "adapter, memory, data, requests, "

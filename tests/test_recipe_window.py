@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 from small_recipe import RECIPE, changed, problems, write
 
-from hf_clmul.gradients.options import Lookahead, Saliency, options
+from hf_clmul.gradients.options import Lookahead, Saliency, Sharpness, options
 from hf_clmul.recipe.load import dump_recipe, load_recipe, recipe_schema
 from hf_clmul.run.request import _parts
 from hf_clmul.training_args import ClmulConfig
@@ -117,6 +117,7 @@ def test_python_users_read_the_same_words(tmp_path):
         ("lookahead", Lookahead, {"alfa": 1.0}, "lookahead.alfa: unknown key, there are alpha, inner, mode (did you mean 'alpha'?)."),
         ("lookahead", Lookahead, {"alpha": -1.0, "mode": "x"}, "lookahead.alpha: expected a number above 0, found -1.0; "
          "lookahead.mode: expected one of first_order, cross, exact, found the text 'x'."),
+        ("sharpness", Sharpness, {"rho": "far"}, "sharpness.rho: expected a number, found the text 'far'."),
         ("saliency", Saliency, {"train": 1.5}, "saliency.train: expected a number below 1, found 1.5."),
         ("saliency", Saliency, "half", "saliency: expected a section (key: value), found the text 'half'."),
     ):  # fmt: skip
@@ -135,12 +136,15 @@ TURNS = ("lookahead: `conflict: alternate` steps on one role at a time, so that 
          "remove it, or take another rule")  # fmt: skip
 HALF = ("lookahead: moves the weights a little and back, which float16 weights round away; remove `model.dtype` and set "
         "`training: {bf16: true}` (mixed precision), or train an `adapter`")  # fmt: skip
+SHARP_TOO = "sharpness: and lookahead both choose where a gradient is taken; remove one of the two"
+SHARP_HALF = HALF.replace("lookahead", "sharpness")
 ALONE = "lookahead: `retain: {}` leaves one role, with no other to look ahead to; remove it, or give `retain` a term"
 UNOPPOSED = "conflict: `retain: {}` leaves one role, which is in conflict with none; remove it, or give `retain` a term"
 ODDS = {
     "  lookahead: {}\n  conflict: alternate\n": [TURNS],
     "  lookahead: {}\n  conflict: {alternate: {forget_epochs: 2.0}}\n": [TURNS],
     "  lookahead: {}\n  retain: {}\n": [ALONE],
+    "  sharpness: {}\n  lookahead: {}\n": [SHARP_TOO],
     "  conflict: mgda\n  retain: {}\n": [UNOPPOSED],
     "  conflict: {agem: {margin: 0.1}}\n  retain: {}\n": [UNOPPOSED],
 }
@@ -151,14 +155,16 @@ def test_options_that_could_not_act(words):
     assert problems(with_words(words)) == [f"r.yaml:14: unlearning.{line}" for line in ODDS[words]]
 
 
-def test_half_precision_has_no_room_for_a_look_ahead():
-    text = with_words("  lookahead: {}\n").replace(MODEL, MODEL.replace("}", ", dtype: float16}"))
-    assert problems(text) == [f"r.yaml:14: unlearning.{HALF}"]
+@pytest.mark.parametrize(("option", "line"), [("lookahead", HALF), ("sharpness", SHARP_HALF)])
+def test_half_precision_has_no_room_for_a_small_step(option, line):
+    text = with_words(f"  {option}: {{}}\n").replace(MODEL, MODEL.replace("}", ", dtype: float16}"))
+    assert problems(text) == [f"r.yaml:14: unlearning.{line}"]
     with_adapter = text.replace("data:\n", "adapter: {r: 4}\ndata:\n", 1)
-    assert load_recipe(write(with_adapter)).unlearning.lookahead == Lookahead()
+    found = load_recipe(write(with_adapter)).unlearning
+    assert (found.lookahead or found.sharpness) in (Lookahead(), Sharpness())
 
 
-@pytest.mark.parametrize("words", ["lookahead: {}", "saliency: {train: 0.5}", "conflict: mgda"])
+@pytest.mark.parametrize("words", ["lookahead: {}", "sharpness: {}", "saliency: {train: 0.5}", "conflict: mgda"])
 def test_an_edit_takes_no_options_of_training(words):
     option, _, _ = words.partition(":")
     text = with_words(f"  {words}\n  retain: {{}}\n").replace("npo: {beta: 0.2}", "task_vector: {}")

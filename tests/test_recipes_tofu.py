@@ -118,7 +118,9 @@ def test_two_steps(name: str, folder: Path, learned: dict[str, Path], tmp_path: 
         assert losses.keys() < all_roles if in_turns else losses.keys() == all_roles
         assert all(math.isfinite(value) for value in [*losses.values(), line["grad_norm"]])
         rule = rule_name(recipe.unlearning.conflict)  # the sum looks at no two gradients side by side
-        compares = CONFLICT_RULES[rule].needs & {"gram", "gradients"} or recipe.unlearning.lookahead is not None
+        compares = CONFLICT_RULES[rule].needs & {"gram", "gradients"} or (
+            recipe.unlearning.lookahead or recipe.unlearning.sharpness
+        )
         assert not compares or "cosine/forget/retain" in line
         assert "gram" not in CONFLICT_RULES[rule].needs or "weight/forget" in line
     forget = forgot["groups"]["forget"]

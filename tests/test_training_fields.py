@@ -54,6 +54,7 @@ def test_fields_of_our_own_are_those_of_the_config():
         "conflict",
         "teacher",
         "lookahead",
+        "sharpness",
         "saliency",
         "protect",
         "trainable",

@@ -1,8 +1,8 @@
-"""What can be asked of a window beside its conflict rule, typed and checked: a look ahead, saliency and protected
-prompts. It computes nothing."""
+"""What can be asked of a window beside its conflict rule, typed and checked: a look ahead, sharpness, saliency and
+protected prompts. It computes nothing."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -25,6 +25,14 @@ class Lookahead(Section):
         "cross",
         description="first_order: half the regulariser, no further pass; cross: one pass more; exact: a test oracle",
     )
+
+
+class Sharpness(Section):
+    """SAM (arXiv 2010.01412) of the forget role, against relearning (arXiv 2502.05374), see `sharpness.py`."""
+
+    role: ClassVar[str] = "forget"
+
+    rho: float = Field(0.01, gt=0, description="distance at which the forget loss is raised, in units of the weights")
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -62,6 +70,9 @@ class Protect(Section):
         None, description="protect at most so many directions of their embeddings, the strongest"
     )
 
+
+OF_STEPS = ("lookahead", "sharpness", "saliency", "protect")
+"""By the names they have in recipes and training arguments."""
 
 T = TypeVar("T", bound=Section)
 

@@ -1,13 +1,14 @@
-"""One window under a conflict rule: the roles' gradients, as they are or with a look ahead, become one in `.grad`. It knows
-rules and gradients by their contracts; no model, no term, no batch."""
+"""One window under a conflict rule: the roles' gradients, as they are, with a look ahead or at the highest loss nearby, become
+one in `.grad`. It knows rules and gradients by their contracts; no model, no term, no batch."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from hf_clmul.gradients.active import ActiveRule
 from hf_clmul.gradients.lookahead import Passes, looked_ahead
+from hf_clmul.gradients.options import Lookahead, Sharpness
+from hf_clmul.gradients.sharpness import at_highest
 from hf_clmul.gradients.window import (
     Gradient,
     GradientWindow,
@@ -52,7 +53,8 @@ def resolve(
     window: GradientWindow,
     roles: Sequence[str],
     rule: ActiveRule,
-    lookahead: Any,
+    lookahead: Lookahead | None,
+    sharpness: Sharpness | None,
     passes: Passes,
     loss_scale: float,
     measure: bool,
@@ -60,18 +62,25 @@ def resolve(
     """Leaves the window's update in `.grad`. Returns what is to be logged of it, and with `measure` what remains to be
     measured once the optimizer has made its step.
 
-    `lookahead` has `inner`, `mode` and `alpha`, or is None. Gradients that are not finite are added up, so that a loss
-    scaler sees the overflow and skips the step; nothing is logged of them then.
+    `sharpness` is of one role, and does not go with a look ahead. Gradients that are not finite are added up, so
+    that a loss scaler sees the overflow and skips the step; nothing is logged of them then.
     """
     change = None
-    if lookahead is None:
-        gradients = [passes.gradient(role) for role in roles]
-        change = Change(roles, gradients, window, loss_scale) if measure else None
-    else:
-        if measure:  # the gradients to come are those of other weights
-            change = Change(roles, [passes.gradient(role, again=True) for role in roles], window, loss_scale)
+    displaces = lookahead is not None or sharpness is not None
+    if measure and displaces:  # the gradients to come are those of other weights
+        change = Change(roles, [passes.gradient(role, again=True) for role in roles], window, loss_scale)
+    if lookahead is not None:
         step = lookahead.alpha / loss_scale
         gradients = looked_ahead(roles, lookahead.inner, lookahead.mode, step, passes, total)
+    elif sharpness is not None:
+        gradients = [
+            at_highest(role, sharpness.rho, passes) if role == sharpness.role else passes.gradient(role)
+            for role in roles
+        ]
+    else:
+        gradients = [passes.gradient(role) for role in roles]
+    if measure and not displaces:
+        change = Change(roles, gradients, window, loss_scale)
     gram = gram_matrix(gradients, loss_scale)
     if not is_finite(gram):
         window.combine(gradients, [1.0] * len(gram))

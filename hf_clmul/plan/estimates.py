@@ -122,15 +122,18 @@ def _size(recipe: Recipe, step: Step, job: Job, model: Any, sketch: Sketch) -> d
 
 def _copies(recipe: Recipe, job: Job) -> int:
     """Of what trains, in a step: gradient, two AdamW moments, a snapshot for each further role, the state of the
-    conflict rule, what a look ahead puts back, and what measuring the change keeps."""
+    conflict rule, what a displacement puts back, and what measuring the change keeps."""
     learns = "learn" in job.roles
     rule = CONFLICT_RULES[rule_name((recipe.learning if learns else recipe.unlearning).conflict)]
     roles, ahead = len(job.roles), not learns and recipe.unlearning.lookahead is not None
-    compares = roles > 1 and (ahead or bool(rule.needs & {"gram", "gradients"}))
+    sharp = not learns and recipe.unlearning.sharpness is not None
+    compares = roles > 1 and (ahead or sharp or bool(rule.needs & {"gram", "gradients"}))
     measures = recipe.request_training(job.settings_of).get("change_steps", 0) > 0
     snapshots = roles - 1 if compares or measures else 0
     if compares:
         snapshots += ("state" in rule.needs) + ahead
+    if sharp:  # beside the forget gradient that is worked out: the one before it, and the weights
+        snapshots = max(snapshots, 2)
     # All roles' gradients and the weights; then their change, which takes the place of a snapshot where there is one.
     return 3 + snapshots + (roles + 1 + (roles == 1) if measures else 0)
 

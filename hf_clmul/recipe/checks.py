@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_clmul.evaluation import EVALUATE_ONLY, IN_RECIPES
 from hf_clmul.gradients.conflict import CONFLICT_RULES, UNOPPOSED, rule_parameters
+from hf_clmul.gradients.options import OF_STEPS
 from hf_clmul.models import FAMILIES
 from hf_clmul.objectives import COUNTERPARTS, TERMS, term_parameters
 from hf_clmul.objectives.active import DEFAULT_TERMS, odd_company
@@ -65,6 +66,7 @@ def check_recipe(tree: Tree, problems: Problems) -> None:
     _check_base(tree, problems)
     _check_protect(tree, problems)
     _check_lookahead(tree, problems)
+    _check_sharpness(tree, problems)
     _check_single_role(tree, problems)
     check_training(tree, problems)
     family = tree.get("family", default=DEFAULT_FAMILY)
@@ -86,7 +88,7 @@ def _edits(tree: Tree) -> list[str]:
 def _check_edit(tree: Tree, problems: Problems) -> None:
     """An edit takes no step, so that nothing can be retained by one; and it works on whole weights."""
     for name in _edits(tree):
-        for option, none in (("lookahead", None), ("saliency", None), ("protect", None), ("penalties", {})):
+        for option, none in (*((option, None) for option in OF_STEPS), ("penalties", {})):
             if tree.get("unlearning", option, default=none) != none:
                 what = f"{name} is an edit, which takes no step, so that {option} cannot act"
                 problems.at(tree, ("unlearning", option), what, hint="remove it, or take another forget term")
@@ -132,11 +134,23 @@ def _check_protect(tree: Tree, problems: Problems) -> None:
 def _check_lookahead(tree: Tree, problems: Problems) -> None:
     """Of what the trainer refuses, the part that the recipe alone tells."""
     key: Key = ("unlearning", "lookahead")
-    if tree.get(*key) is None:
-        return
-    if _rule(tree) == "alternate":
+    if tree.get(*key) is not None and _rule(tree) == "alternate":
         what = "`conflict: alternate` steps on one role at a time, so that there is no other to look ahead to"
         problems.at(tree, key, what, hint="remove it, or take another rule")
+    _check_displacement(tree, key, problems)
+
+
+def _check_sharpness(tree: Tree, problems: Problems) -> None:
+    key: Key = ("unlearning", "sharpness")
+    if tree.get(*key) is not None and tree.get("unlearning", "lookahead") is not None:
+        what = "and lookahead both choose where a gradient is taken"
+        problems.at(tree, key, what, hint="remove one of the two")
+    _check_displacement(tree, key, problems)
+
+
+def _check_displacement(tree: Tree, key: Key, problems: Problems) -> None:
+    if tree.get(*key) is None:
+        return
     dtype, scratch = tree.get("model", "dtype"), tree.get("model", "scratch")
     if dtype in ("bfloat16", "float16") and tree.get("adapter") is None and scratch is None:
         what = f"moves the weights a little and back, which {dtype} weights round away"

@@ -13,7 +13,7 @@ from hf_clmul.evaluation.audit.options import Audit
 from hf_clmul.evaluation.options import Count, Evaluation, Images, LmEval, Name
 from hf_clmul.families.options import Diffusion
 from hf_clmul.gradients.conflict import DEFAULT_RULE
-from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Section
+from hf_clmul.gradients.options import Lookahead, Protect, Saliency, Section, Sharpness
 from hf_clmul.models import TEXT_ENCODER
 from hf_clmul.objectives.active import DEFAULT_TERMS
 from hf_clmul.recipe.problems import Key, Problems, explained, nearest, one_of, suggestion
@@ -186,6 +186,9 @@ class Unlearning(Section):
     )
     conflict: Rule = Field(DEFAULT_RULE, description="how the roles' gradients become one update")
     lookahead: Lookahead | None = Field(None, description="LUR: take one role's gradient where a step on another leads")
+    sharpness: Sharpness | None = Field(
+        None, description="SAM: take the forget gradient where the forget loss is highest nearby"
+    )
     saliency: Saliency | None = Field(
         None, description="train or redraw only the weights that matter for the forget data"
     )
@@ -369,6 +372,8 @@ def _section_at(key: Key) -> type[BaseModel]:
             return LmEval
         case ("unlearning", "lookahead"):
             return Lookahead
+        case ("unlearning", "sharpness"):
+            return Sharpness
         case ("unlearning", "saliency"):
             return Saliency
         case ("unlearning", "protect"):

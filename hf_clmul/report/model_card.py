@@ -23,6 +23,11 @@ _LIBRARY = {"causal_lm": ("peft", "transformers"), "diffusion": ("diffusers", "d
 """By family: of adapters, and of whole models."""
 _LORA = ("LoRA", "low-rank adapters", "arXiv 2106.09685")
 _LUR = ("LUR", "the gradient of one role taken where a step on another leads", "arXiv 2503.06339")
+_SAM = (
+    "SAM",
+    "the forget gradient taken where the forget loss is highest nearby",
+    "arXiv 2010.01412, arXiv 2502.05374",
+)
 _SALIENCY = {
     "train": ("SalUn", "trains only the weights that matter most for the forget data", "arXiv 2310.12508"),
     "trim": ("SNIP", "the score by which weights were drawn anew", "arXiv 1810.02340"),
@@ -92,6 +97,8 @@ def citations(recipe: Mapping[str, Any]) -> list[Citation]:
     used += [(name, CONFLICT_RULES[name].summary, CONFLICT_RULES[name].paper) for name in rules]
     if "unlearn" in kinds and unlearning.get("lookahead") is not None:
         used.append(_LUR)
+    if "unlearn" in kinds and unlearning.get("sharpness") is not None:
+        used.append(_SAM)
     saliency = (unlearning.get("saliency") or {}) if "unlearn" in kinds else {}
     used += [citation for option, citation in _SALIENCY.items() if saliency.get(option) is not None]
     return [(name, what, linked(paper)) for name, what, paper in used if paper != "-"]

@@ -20,6 +20,7 @@ from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.families import Family
 from hf_clmul.families.loaded import Loaded, weights_sha256
+from hf_clmul.gradients.options import OF_STEPS
 from hf_clmul.models import adapters, stored
 from hf_clmul.objectives import TERMS
 from hf_clmul.paths import explained_writes
@@ -342,7 +343,7 @@ def _parts(recipe: Recipe, learns: bool) -> dict[str, Any]:
     if learns:
         return {"trainable": recipe.learning.trainable}
     unlearning = recipe.unlearning
-    chosen = {name: getattr(unlearning, name) for name in ("lookahead", "saliency", "protect")}
+    chosen = {name: getattr(unlearning, name) for name in OF_STEPS}
     plain = {name: value.model_dump() for name, value in chosen.items() if value is not None}
     return {"trainable": unlearning.trainable, **plain}
 

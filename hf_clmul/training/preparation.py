@@ -21,6 +21,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
+from hf_clmul.gradients.options import OF_STEPS
 from hf_clmul.models import adapters
 from hf_clmul.models.alternatives import encoded_alternatives, own_alternatives
 from hf_clmul.models.teachers import Nobody, Reinforced
@@ -45,7 +46,7 @@ def check_preparations(args: "ClmulConfig", model: nn.Module, terms: Mapping[str
             )
         options = {}
         if active.term.edit:
-            options = {name: getattr(args, name) for name in ("lookahead", "saliency", "protect")}
+            options = {name: getattr(args, name) for name in OF_STEPS}
             options["penalties"] = args.penalties or None
         for option in (option for option, value in options.items() if value is not None):
             raise ValueError(f"{name} is an edit, which takes no step, so that {option} cannot act: leave it out.")

@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 
 from hf_clmul.errors import RunError
 from hf_clmul.gradients.active import ActiveRule
-from hf_clmul.gradients.options import Lookahead
+from hf_clmul.gradients.options import Lookahead, Sharpness
 from hf_clmul.models import adapters
 from hf_clmul.models.teacher_options import teacher_choice
 from hf_clmul.objectives.active import ActiveTerm
@@ -27,6 +27,7 @@ def refuse(
     peft_config: Any,
     rule: ActiveRule,
     lookahead: Lookahead | None,
+    sharpness: Sharpness | None,
     terms: Mapping[str, Sequence[ActiveTerm]],
     given: dict[str, Any],
 ) -> None:
@@ -37,6 +38,8 @@ def refuse(
     problems += _of_coupled(args, terms) + _of_attention(args, terms)
     if lookahead is not None:
         problems += _of_lookahead(args, model, peft_config, lookahead, rule, list(terms))
+    if sharpness is not None:
+        problems += _of_sharpness(args, model, peft_config, sharpness, list(terms))
     if problems:
         raise ValueError("ClmulTrainer cannot do what was asked:\n" + "\n".join(f"- {text}" for text in problems))
 
@@ -101,20 +104,15 @@ def _of_attention(args: "ClmulConfig", terms: Mapping[str, Sequence[ActiveTerm]]
 def _of_lookahead(
     args: "ClmulConfig", model: Any, peft_config: Any, lookahead: Lookahead, rule: ActiveRule, roles: Sequence[str]
 ) -> list[str]:
-    # A new adapter is made in float32.
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad} if peft_config is None else set()
-    half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
     exact = lookahead.mode == "exact"
     # Denoisers ask torch for attention, which is then told to take its own.
     attention = model.config._attn_implementation if hasattr(model.config, "_attn_implementation") else "sdpa"
     return [text for wrong, text in (
-        (half, f"lookahead moves the weights a little and back, which {', '.join(half)} weights round away: load the model "
-         "in float32 and set bf16=True (mixed precision), or train a LoRA adapter, whose weights are float32."),
+        *_of_displacement("lookahead", args, model, peft_config),
         (lookahead.inner not in roles, f"lookahead.inner is {lookahead.inner!r}, but the roles are {', '.join(roles)}: leave "
          "lookahead out, or give data of that role."),
         (rule.name == "alternate", "conflict='alternate' steps on one role at a time, so that there is no other to look ahead "
          "to: use another rule, or leave lookahead out."),
-        (args.deepspeed is not None, "lookahead needs each role's gradient, which DeepSpeed does not hand out: use FSDP2."),
         (exact and args.world_size > 1, "lookahead mode 'exact' takes a second derivative, which DDP and FSDP do not pass "
          "on between ranks: use mode='cross'."),
         (exact and (args.fp16 or args.activation_checkpointing), "lookahead mode 'exact' takes a second derivative, which "
@@ -123,6 +121,28 @@ def _of_lookahead(
          f"lookahead mode 'exact' needs attention with a second derivative, which {attention!r} "
          "has not: load the model with attn_implementation='eager', or use mode='cross'."),
     ) if wrong]  # fmt: skip
+
+
+def _of_sharpness(
+    args: "ClmulConfig", model: Any, peft_config: Any, sharpness: Sharpness, roles: Sequence[str]
+) -> list[str]:
+    return [text for wrong, text in (
+        *_of_displacement("sharpness", args, model, peft_config),
+        (sharpness.role not in roles, f"sharpness is of the forget role, but the roles are {', '.join(roles)}: leave sharpness out."),
+        (args.lookahead is not None, "sharpness and lookahead both choose where a gradient is taken: leave one of them out."),
+    ) if wrong]  # fmt: skip
+
+
+def _of_displacement(option: str, args: "ClmulConfig", model: Any, peft_config: Any) -> list[tuple[bool, str]]:
+    """Whether weights cannot be moved a little and back, and the reason."""
+    # A new adapter is made in float32.
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad} if peft_config is None else set()
+    half = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32, torch.float64})
+    return [
+        (bool(half), f"{option} moves the weights a little and back, which {', '.join(half)} weights round away: load the model "
+         "in float32 and set bf16=True (mixed precision), or train a LoRA adapter, whose weights are float32."),
+        (args.deepspeed is not None, f"{option} needs each role's gradient, which DeepSpeed does not hand out: use FSDP2."),
+    ]  # fmt: skip
 
 
 def _of_coupled(args: "ClmulConfig", terms: Mapping[str, Sequence[ActiveTerm]]) -> list[str]:

@@ -9,7 +9,7 @@ from hf_clmul.data.roles import RoleDataset, derived_seed
 from hf_clmul.families import Family
 from hf_clmul.gradients.active import ActiveRule, active_rule
 from hf_clmul.gradients.conflict import UNOPPOSED, rule_name
-from hf_clmul.gradients.options import Lookahead, options
+from hf_clmul.gradients.options import Lookahead, Sharpness, options
 from hf_clmul.models import adapters
 from hf_clmul.objectives import FORGET
 from hf_clmul.objectives.penalties import active_penalties
@@ -32,6 +32,7 @@ class Understood:
     terms: Terms
     rule: ActiveRule
     lookahead: Lookahead | None
+    sharpness: Sharpness | None
     data: RoleDataset | None
 
 
@@ -50,7 +51,8 @@ def understood(
     several = len(terms) > 1  # one role has nothing to be in conflict with
     rule = active_rule((conflict_rule or args.conflict) if several else "sum")
     lookahead = options(Lookahead, "lookahead", args.lookahead) if several else None
-    refuse(args, model, peft_config, rule, lookahead, terms, dict(given or {}))
+    sharpness = options(Sharpness, "sharpness", args.sharpness)
+    refuse(args, model, peft_config, rule, lookahead, sharpness, terms, dict(given or {}))
     if peft_config is not None:
         model = adapters.attach(model, peft_config, "default", derived_seed(args.seed, "adapter"))
     check_layers(model, terms, family.pattern(args.trainable))
@@ -62,9 +64,10 @@ def understood(
         _check_single_role(args, conflict_rule)
     family.check(model)
     if datasets is None:
-        return Understood(model, terms, rule, lookahead, None)
+        return Understood(model, terms, rule, lookahead, sharpness, None)
     seed = args.data_seed if args.data_seed is not None else args.seed
-    return Understood(model, terms, rule, lookahead, family.roles(acting_data(datasets, terms), terms, seed))
+    data = family.roles(acting_data(datasets, terms), terms, seed)
+    return Understood(model, terms, rule, lookahead, sharpness, data)
 
 
 def _check_single_role(args: "ClmulConfig", conflict_rule: Any) -> None:
