@@ -78,9 +78,11 @@ def run(
         report_file = run_recipe(loaded, folder)
         if is_main_process() and (folder / "results.json").is_file():
             from hf_clmul.console import print_results
+            from hf_clmul.report.audit_age import current_audit
             from hf_clmul.run.results_schema import read_record
 
-            print_results(read_record(folder))
+            found = read_record(folder)
+            print_results(found, audit=current_audit(folder, found))
         receipts = sorted((folder / "receipts").glob("*.md"))
         if receipts:
             say(f"receipts: {', '.join(map(str, receipts[:3]))}" + (f", ... ({len(receipts)})" if receipts[3:] else ""))

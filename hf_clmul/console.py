@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_clmul.console_audit import audit_table
 from hf_clmul.evaluation.stream import TASK
+from hf_clmul.report.answers import answers
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.stream import (
     FORGOTTEN,
@@ -41,36 +43,52 @@ if TYPE_CHECKING:
 
 # Colours of the terminal's own palette: it knows whether its background is light or dark.
 _STYLES = {FORGET: "bold yellow", RETAIN: "bold blue", HELD_OUT: "bold green"}
-_SHOWN_STAGES = 4
+_SHOWN_STAGES, _WIDE = 4, 100  # one stage less in fewer columns of a terminal
+_WORD = 12  # a heading's words up to this length stay in one piece
 _R_ROWS, _R_COLUMNS = 11, 6
 _STATES = {UNSEEN: "dim", LEARNED: "bold", KNOWN: "", FORGOTTEN: "yellow"}
 
 
-def print_results(results: Mapping[str, Any], console: "Console | None" = None) -> None:
-    """Prints the samples, the metrics and, where it says more, R; on standard output if no console is given."""
+def print_results(
+    results: Mapping[str, Any], console: "Console | None" = None, audit: Mapping[str, Any] | None = None
+) -> None:
+    """Prints the samples, the metrics, R where it says more, what an audit of the run's model found, and last the answers to the
+    two questions of every run that unlearned something; on standard output if no console is given."""
     from rich.console import Console
 
     console = console or Console()
-    for table in (samples_table(results), results_table(results), *([r_table(results)] if _is_stream(results) else [])):
+    tables = [samples_table(results), results_table(results, console.width)]
+    tables += [r_table(results)] if _is_stream(results) else []
+    tables += [audit_table(audit)] if audit is not None else []
+    for table in tables:
         console.print()
         console.print(table)
+    for answer in answers(results, audit):
+        console.print()
+        console.print(answer.question, answer.said, style="bold", markup=False, highlight=False)
+        console.print(answer.told, markup=False, highlight=False)
 
 
-def results_table(results: Mapping[str, Any]) -> "Table":
+def results_table(results: Mapping[str, Any], width: int = 80) -> "Table":
     """Metrics as rows, a section for each group; stages and the recorded reference as columns.
 
-    Readable from 80 columns on. Of more than four stages it shows the first and the last three, and says so.
+    Readable from 80 columns on. Of many stages it shows the first, the one before anything was unlearned, and the last ones:
+    four, or three in a terminal of less than 100 columns; and says so.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    shown = _shown_stages(results["stages"])
+    shown = _shown_stages(results["stages"], _SHOWN_STAGES - (width < _WIDE))
     referenced = results["reference"] is not None
-    table = Table(title=Text(f"{results['name']}: what was measured"), caption=Text(_caption(results, len(shown))))
+    title, caption = f"{results['name']}: what was measured", _caption(results, len(shown))
+    table = Table(title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.title_justify = table.caption_justify = "left"
     table.add_column("metric", no_wrap=True)
     for i in shown:
-        table.add_column(_heading(results["stages"][i]), justify="right", max_width=16, overflow="fold")
+        heading = _heading(results["stages"][i])
+        whole = min(_WORD, max(map(len, heading.plain.split()), default=1))
+        table.add_column(heading, justify="right", min_width=whole, max_width=16, overflow="fold")
     if referenced:
         table.add_column("reference", justify="right", no_wrap=True)
     for group in group_tables(results):
@@ -95,7 +113,7 @@ def samples_table(results: Mapping[str, Any]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    shown, said = _shown_stages(results["stages"]), headline(results)
+    shown, said = _shown_stages(results["stages"], _SHOWN_STAGES), headline(results)
     table = Table(title=said.samples, title_justify="left", show_lines=True)
     table.add_column("question and true answer" if said.with_truth else "prompt", ratio=1, overflow="fold")
     for i in shown:
@@ -151,9 +169,11 @@ def _is_stream(results: Mapping[str, Any]) -> bool:
     return len(found["matrix"]) > 3 or sum(column["kind"] == TASK for column in found["columns"]) > 1
 
 
-def _shown_stages(stages: Sequence[Mapping[str, Any]]) -> list[int]:
-    positions = list(range(len(stages)))
-    return positions if len(stages) <= _SHOWN_STAGES else [0, *positions[1 - _SHOWN_STAGES :]]
+def _shown_stages(stages: Sequence[Mapping[str, Any]], count: int) -> list[int]:
+    last = len(stages) - 1
+    learned = next((i for i, stage in enumerate(stages) if stage["kind"] == "unlearn"), last + 1) - 1
+    wanted = dict.fromkeys((last, learned, 0, *range(last, 0, -1)))
+    return sorted(list(wanted)[:count])
 
 
 def _heading(stage: Mapping[str, Any]) -> "Text":

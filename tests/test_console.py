@@ -1,8 +1,10 @@
 """The tables at the end of a run: readable at the width of a terminal, and equal to the record."""
 
 import io
+import re
 
 import pytest
+from fake_audit import fake_audit
 from fake_results import REFERENCE, VALUES, fake_results, fake_stream
 from rich.console import Console
 
@@ -17,7 +19,7 @@ def printed(table, width=100):
 
 def cells(text, label):
     """The cells of every line that starts with `label`, without it."""
-    lines = [[cell.strip() for cell in line.strip("│ \n").split("│")] for line in text.splitlines()]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
     return [line[1:] for line in lines if line[0] == label]
 
 
@@ -67,10 +69,39 @@ def test_of_many_stages_the_first_and_the_last_three_are_shown():
     results = fake_results()
     base, learn, unlearn = results["stages"]
     results["stages"] = [base, *[dict(learn, title=f"after task{i}") for i in range(5)], unlearn]
-    text = printed(results_table(results))
+    text = printed(results_table(results, 100))
     assert len(cells(text, "Fluency")[0]) == 5
     assert "after task3" in text and "after task2" not in text
     assert "3 stages in between are left out here" in text
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, [0, 2, 5]), (100, [0, 2, 4, 5])])
+def test_what_was_known_before_anything_was_unlearned_is_always_shown(width, shown):
+    results = fake_results()
+    base, learn, unlearn = results["stages"]
+    stages = [base, learn, learn, unlearn, unlearn, unlearn]
+    results["stages"] = [dict(stage, title=f"after task{i}") for i, stage in enumerate(stages)]
+    text = printed(results_table(results, width), width)
+    assert [i for i in range(6) if f"task{i}" in text] == shown
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_run_ends_with_the_two_answers():
+    for audit, said in (
+        (None, "Does it come back? not tried"),
+        (fake_audit(), "Does it come back? yes, after 2 of 2 attacks"),
+    ):
+        console = Console(width=80, record=True, file=io.StringIO())
+        print_results(fake_results(), console, audit)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= 80
+        assert text.index("How far from a model that never saw the data? ") < text.index(said)
+        assert ("quickstart: does it come back?" in text) == (audit is not None)
+    results = fake_results()
+    results["stages"] = results["stages"][:2]
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_results(results, console)
+    assert "come back" not in console.export_text()
 
 
 def test_samples_show_question_answer_and_every_stage():

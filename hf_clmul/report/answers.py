@@ -82,9 +82,7 @@ def _distance(results: Record, audit: Record | None) -> Answer:
         lines = tuple(_beside(metric, beside[metric], sides[metric], held) for metric in beside)
         return Answer(DISTANCE, f"exact; {said}" if exact else said, told, lines)
     entries = {
-        m: e
-        for m in headline(results).forgotten
-        if (e := reference_entry(results, FORGET, m)) and e["mean"] is not None
+        m: e for m in headline(results).distance if (e := reference_entry(results, FORGET, m)) and e["mean"] is not None
     }
     gaps = {metric: gap for metric in entries if (gap := gap_to_reference(results, FORGET, metric)) is not None}
     if gaps:

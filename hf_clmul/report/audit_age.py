@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.audit.record import model_sha256
+from hf_clmul.evaluation.audit.record import model_sha256, read_audit
 from hf_clmul.ledger import chain as ledger
 
 Record = Mapping[str, Any]
+
+
+def current_audit(run: Path, results: Record) -> Record | None:
+    """The audit of the model that is there now, if there is one. Raises RunError if it is broken or of another version."""
+    audit = read_audit(run)
+    return None if of_earlier_model(run, results, audit) else audit
 
 
 def of_earlier_model(run: Path, results: Record, audit: Record | None) -> bool:

@@ -71,7 +71,8 @@ class Bound:
 @dataclass(frozen=True)
 class Headline:
     """The words and metrics of a family. `forgotten` (of the forget group) and `kept` (of the retain group) tell of an unlearn
-    request, `learned` of a learn request; `forgotten` also stand beside the reference's."""
+    request, `learned` of a learn request. `distance` (of the forget group) are those by which a model is told from one that never
+    saw the data, each between 0 and 1, so that their gaps can be compared."""
 
     network: str
     """What has the parameters, as the beginning of a sentence."""
@@ -85,6 +86,7 @@ class Headline:
     aim: str
     """What the reference is for the forget group."""
     forgotten: tuple[str, ...]
+    distance: tuple[str, ...]
     kept: tuple[str, ...]
     learned: tuple[str, ...]
     figures: tuple[Figure, ...]
@@ -194,6 +196,9 @@ HEADLINES: dict[str, Headline] = {
         aim="In the forget group the reference is the aim, not zero: less than the reference also shows that something was "
         "removed.",
         forgotten=(_PROBABILITY, _ROUGE),
+        distance=(
+            _PROBABILITY, _ROUGE, "extraction_strength", "exact_memorization", "paraphrase_probability", "truth_ratio",
+        ),
         kept=(_PROBABILITY, _ROUGE),
         learned=(_PROBABILITY,),
         figures=(
@@ -231,6 +236,7 @@ HEADLINES: dict[str, Headline] = {
         nothing="nothing was judged",
         aim="In the forget group the reference is the aim.",
         forgotten=(_UA,),
+        distance=(_UA,),
         kept=(*_KEPT, _DISTANCE),
         learned=(_PROMPT,),
         figures=(
