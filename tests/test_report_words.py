@@ -67,6 +67,27 @@ def test_of_many_requests_the_last_of_each_kind_is_told():
     ]
 
 
+def test_of_many_requests_an_exact_one_does_not_hide_an_approximate_one():
+    results = fake_results()
+    base, learn, unlearn = results["stages"]
+    gone = dict(unlearn, stage="05-unlearn-shop", how="exact by deletion", steps=0)
+    results["stages"] = [base, *[dict(learn, stage=f"{i:02d}-learn-task{i}") for i in range(3)], unlearn, gone]
+    told = [s for s in report_words.summary(results) if s.startswith("It was asked")]
+    assert [s.split(" on the forget")[0] for s in told] == [
+        "It was asked to unlearn “two-persons” (approximate) and trained on 16 forget and 80 retain examples in 40 steps:",
+        "It was asked to unlearn “shop” (exact by deletion):",
+    ]
+
+
+def test_what_a_task_of_several_learned_is_told_of_its_own_examples():
+    results = fake_results()
+    base, learn, unlearn = results["stages"]
+    tasks = [{"people": {"metrics": {"answer_probability": p}}, "notes": {"metrics": {}}} for p in (0.018, 0.961)]
+    results["stages"] = [dict(base, tasks=tasks[0]), dict(learn, tasks=tasks[1]), unlearn]
+    expected = "It learned “people” from 96 examples in 84 steps: on its own examples answer probability rose from 0.018 to 0.961."
+    assert report_words.summary(results)[1] == expected
+
+
 def test_key_figures():
     shown = [(figure.label, figure.value, figure.note) for figure in report_words.key_figures(fake_results())]
     assert shown == [

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import tiny_llama
 
 from hf_clmul.errors import RecipeError
-from hf_clmul.models import FAMILIES
+from hf_clmul.models import FAMILIES, adapters
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run.results import MORE_PACKAGES, hardware, peak_memory, record, reference_of, versions
@@ -69,6 +70,19 @@ def test_the_record_names_what_was_used(recipe, monkeypatch):
     assert (
         record(recipe, "sha", STAGES, "complete", model, {}, [event("run", 0, processes=1)], 0)["command"]
         == "hf-clmul run r.yaml"
+    )
+
+
+def test_adapters_that_wait_count_as_trained(recipe):
+    """After an exact deletion nothing trains any more."""
+    model = adapters.attach(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]), "one", 0)
+    adapters.activate(model, ["one"])
+    assert not any(p.requires_grad for p in model.parameters())
+    found = record(recipe, "sha", STAGES, "complete", model, {}, [event("run", 0, processes=1)], time.time())
+    assert (
+        found["model"]["trainable_parameters"]
+        == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        > 0
     )
 
 

@@ -2,11 +2,11 @@
 the record's or follows from it; they say nothing that is not in the record."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.report.claims import claims, explained
+from hf_clmul.report.claims import EXACT, claims, explained
 from hf_clmul.report.headlines import Measured, headline, listed
 from hf_clmul.report.tables import (
     DASH,
@@ -69,7 +69,8 @@ def summary(results: Mapping[str, Any]) -> list[str]:
     if len(requests) > _MANY_REQUESTS:
         learned = sum(stage["kind"] == "learn" for _, stage in requests)
         sentences.append(f"It carried out {learned} learn and {len(requests) - learned} unlearn requests.")
-        requests = [pair for pair in requests if pair in (_last(requests, "learn"), _last(requests, "unlearn"))]
+        last = {(stage["kind"], stage["how"] in EXACT): i for i, (_, stage) in enumerate(requests)}
+        requests = [requests[i] for i in sorted(last.values())]
         sentences.append("The last of each kind:")
     about = {"learn": _about_learning, "unlearn": _about_unlearning}
     metrics = {"learn": (said.learned, said.learned), "unlearn": (said.forgotten, said.kept)}
@@ -198,19 +199,24 @@ def _about_unlearning(stage: Stage) -> str:
 
 
 def _with_changes(told: str, before: Stage, stage: Stage, forget: Sequence[str], retain: Sequence[str]) -> str:
+    own = request_name(stage)
+    if stage["kind"] == "learn" and len(stage.get("tasks", ())) > 1 and own in stage["tasks"]:
+        # Of several tasks, the groups are of what is forgotten in the end and of all that stays.
+        was, now = (of.get("tasks", {}).get(own, {"metrics": {}})["metrics"] for of in (before, stage))
+        found = _changes((metric, was.get(metric), now.get(metric)) for metric in retain)
+        return f"{told}: on its own examples {found}." if found else f"{told}."
     changes = [
         f"on the {group_title(group).lower()} group {found}"
         for group, metrics in ((FORGET, forget), (RETAIN, retain))
-        if (found := _changes(before, stage, group, metrics))
+        if (found := _changes((m, *(metric_value(of, group, m) for of in (before, stage))) for m in metrics))
     ]
     return f"{told}: {'; '.join(changes)}." if changes else f"{told}."
 
 
-def _changes(before: Stage, after: Stage, group: str, metrics: Sequence[str]) -> str:
-    """Such as "answer probability fell from 0.974 to 0.119 and ROUGE-L recall from 0.986 to 0.332"."""
+def _changes(values: Iterable[tuple[str, float | None, float | None]]) -> str:
+    """Of (metric, before, after) such as "answer probability fell from 0.974 to 0.119 and ROUGE-L recall from 0.986 to 0.332"."""
     found, said = [], ""
-    for metric in metrics:
-        was, now = (metric_value(stage, group, metric) for stage in (before, after))
+    for metric, was, now in values:
         if was is None or now is None:
             continue
         name = metric_in_text(metric)

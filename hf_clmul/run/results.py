@@ -41,7 +41,7 @@ def record(
     seconds since 1970; `seconds` counts earlier processes too, up to the last thing that each wrote into the ledger. `reference`
     are the figures of the retrained model (`retrained.reference_for`).
     """
-    parameters = list(model.parameters())
+    named = dict(model.named_parameters())
     return {
         "schema": 1,
         "name": recipe.name,
@@ -60,12 +60,14 @@ def record(
             "path": recipe.model.path or "made from scratch",
             **about,
             "sha256": stages[0]["weights_sha256"],
-            "parameters": sum(p.numel() for p in parameters),
-            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "parameters": sum(p.numel() for p in named.values()),
+            "trainable_parameters": sum(p.numel() for name, p in named.items() if p.requires_grad or ".lora_" in name),
             "dtype": recipe.model.dtype,
         },
         "versions": versions(recipe.family),
-        "hardware": hardware(parameters[0].device.type, [e["processes"] for e in events if e["event"] == "run"][-1]),
+        "hardware": hardware(
+            next(iter(named.values())).device.type, [e["processes"] for e in events if e["event"] == "run"][-1]
+        ),
         "seconds": round(_seconds_before(events) + time.time() - began, 3),
         "peak_memory_bytes": peak_memory(),
         "stages": stages,
