@@ -43,22 +43,18 @@ OWN = {"rmu": [f"unlearning.forget.rmu.layer={LAYER}", f"unlearning.retain.hidde
 """What a method needs here beside: RMU steers a layer that has adapters."""
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "npo_kl3": ("npo", ["unlearning.retain={kl: {weight: 3.0}}"]),
-    "npo_trim": (
-        "npo",
-        [
-            "unlearning.forget={npo: {beta: 0.1, weight: 0.1}}",
-            "unlearning.saliency={trim: 0.9}",
-            "unlearning.training={learning_rate: 2e-3, max_steps: 80, warmup_steps: 0}",
-        ],
-    ),
-    "npo_trim_light": (
-        "npo",
-        [
-            "unlearning.forget={npo: {beta: 0.1, weight: 0.01}}",
-            "unlearning.saliency={trim: 0.9}",
-            "unlearning.training={learning_rate: 2e-3, max_steps: 80, warmup_steps: 0}",
-        ],
-    ),
+    **{
+        f"npo_trim{name}": (
+            "npo",
+            [
+                f"unlearning.forget={{npo: {{beta: 0.1, weight: {weight}}}}}",
+                "unlearning.saliency={trim: 0.9}",
+                "unlearning.training={learning_rate: 2e-3, max_steps: 80, warmup_steps: 0}",
+            ],
+        )
+        for name, weight in {"": 0.1, "_light": 0.01, "_lighter": 0.003}.items()
+    },
+    **{f"npo_sam_{rho}": ("npo", [f"unlearning.sharpness={{rho: {rho}}}"]) for rho in (0.1, 0.3, 1.0)},
     "npo_decay": (
         "npo",
         ["unlearning.training={learning_rate: 1e-3, max_steps: 60, warmup_steps: 0, weight_decay: 20}"],
