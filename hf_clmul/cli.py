@@ -299,7 +299,7 @@ def compare(
         found, page = write_comparison(run_folders, output)
         for table in comparison_tables(found):
             console().print(table)
-        for note in found.notes:
+        for note in (*found.below, *found.notes):
             say(note)
         say(f"comparison: {page}")
 
