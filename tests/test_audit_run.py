@@ -343,6 +343,7 @@ def test_the_card_of_the_model_tells_what_the_last_audit_said_and_what_is_on_the
     audit_run(run, ["relearn"], finished[1], QUICK)
     beside = card.read_text()
     assert "attacked, beside the reference small: relearn" in beside and beside.count("## Does it come back?") == 1
+    assert "Source: the audit, which measured small on the same examples." in beside
     for _ in range(2):
         execute(recipe, run, to_hub)
     assert pushed == [before, beside]

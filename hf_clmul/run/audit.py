@@ -108,7 +108,7 @@ def audit(
             found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", start, bar)
     record = _record(recipe, ready, own, other, missing, attacks, found, state)
     _write(folder, record)
-    write_card(folder, record)
+    write_card(folder)
     return record
 
 

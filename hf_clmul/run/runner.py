@@ -188,15 +188,16 @@ def _finish(run: Run, began: float) -> None:
 
 
 def _refer(recipe: Recipe, folder: RunFolder, reference: dict[str, Any] | None, others: Tables | None) -> None:
-    """Puts beside a complete run a reference that was trained since, and what suites say with its rows `others`. The card in
-    `model/` stays as it was exported."""
+    """Puts beside a complete run a reference that was trained since, and what suites say with its rows `others`."""
     results = json.loads(folder.results.read_text("utf-8"))
     if reference is not None and results["reference"] != reference:
         stages = results["stages"]
         if others is not None and further_suites(recipe):
             stages = [compared(recipe, stage, examples(folder.root, stage["stage"]), others) for stage in stages]
-        _write_json(folder.results, {**results, "stages": stages, "reference": reference})
+        # Before the record, with which nothing would tell of the change any more.
         folder.report.unlink(missing_ok=True)
+        ledger.append(folder.ledger, "referenced", source=reference["source"])
+        _write_json(folder.results, {**results, "stages": stages, "reference": reference})
 
 
 def _is_audited(recipe: Recipe, steps: Sequence[Step]) -> bool:
