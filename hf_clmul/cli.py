@@ -217,9 +217,9 @@ def report(
 ) -> None:
     """Write the report of a run anew from its results."""
     with errors_explained(debug):
-        from hf_clmul.report.page import write_report
+        from hf_clmul.run.card import report_anew
 
-        say(f"report: {write_report(run_folder)}")
+        say(f"report: {report_anew(run_folder)}")
 
 
 @app.command()

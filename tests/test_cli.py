@@ -250,9 +250,9 @@ def test_cp_copies_and_does_not_overwrite(folder, monkeypatch):
 
 
 def test_report_passes_the_folder_on(monkeypatch):
-    module = types.ModuleType("hf_clmul.report.page")
-    module.write_report = lambda run: run / "report/report.html"
-    monkeypatch.setitem(sys.modules, "hf_clmul.report.page", module)
+    module = types.ModuleType("hf_clmul.run.card")
+    module.report_anew = lambda run: run / "report/report.html"
+    monkeypatch.setitem(sys.modules, "hf_clmul.run.card", module)
     assert invoke("report", "runs/small").stdout == "report: runs/small/report/report.html\n"
 
 

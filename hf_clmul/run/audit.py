@@ -38,7 +38,8 @@ from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run.audit_families import Prepared, prepared
-from hf_clmul.run.closing import show, write_card
+from hf_clmul.run.card import write_card
+from hf_clmul.run.closing import show
 from hf_clmul.run.folder import COMPLETE, RunFolder
 from hf_clmul.run.ledger import check_ledger
 from hf_clmul.run.log import quiet_libraries

@@ -4,20 +4,15 @@ there. It knows files of a run folder; nothing of models."""
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.receipt import receipt
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import load_recipe
-from hf_clmul.report.audit import referenced
-from hf_clmul.report.audit_age import of_earlier_model
-from hf_clmul.report.card_audit import with_audit
-from hf_clmul.report.model_card import with_results
 from hf_clmul.report.page import write_report
+from hf_clmul.run.card import write_card
 from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.hub import push
-from hf_clmul.run.results_schema import read_record
 
 if TYPE_CHECKING:
     from hf_clmul.recipe.schema import Recipe
@@ -51,17 +46,3 @@ def show_anew(folder: RunFolder) -> None:
     with folder.locked():
         folder.report.unlink(missing_ok=True)
         show(folder, plan_steps(load_recipe(folder.recipe)))
-
-
-def write_card(folder: RunFolder) -> None:
-    """The card of the model as the run, its reference and its audit are now. Raises RunError for records that cannot be read."""
-    card = folder.model / "README.md"
-    if not card.is_file():
-        return
-    own, audit = read_record(folder.root), read_audit(folder.root)
-    current = None if of_earlier_model(folder.root, own, audit) else audit
-    old = card.read_text("utf-8")
-    new = with_results(old, referenced(own, current))
-    new = new if current is None else with_audit(new, current)
-    if new != old:
-        atomic_write(card, new)

@@ -178,7 +178,9 @@ class RunFolder:
         if self.root.exists() and not self.root.is_dir():
             raise RunError(f"{self.root} is a file and not a folder: choose another place with --output.")
         if not self.ledger.is_file() and not self._is_ours():
-            raise RunError(f"{self.root} is not empty and not a run folder: choose another with --output.")
+            raise RunError(
+                f"{self.root} is not empty and not a run folder: there is no {self.ledger.name} in it. Choose another folder."
+            )
 
     def _is_ours(self) -> bool:
         """Empty, or with a recipe that was written by `begin`: resolved, unlike one that a user wrote and keeps there."""

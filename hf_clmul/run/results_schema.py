@@ -178,7 +178,7 @@ def read_record(root: Path, remedy: str = AGAIN) -> dict[str, Any]:
     path = root / "results.json"
     try:
         record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path} is not there. Give the folder of a run, such as runs/quickstart.") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is not valid JSON ({error}). {remedy}") from None
