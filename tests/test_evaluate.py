@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.evaluation.tables import read_table
+from hf_clmul.evaluation.tables import read_table, table_of, write_table
 from hf_clmul.families import loaded as measuring
 from hf_clmul.run import chunks
 from hf_clmul.run.evaluate import evaluate
@@ -216,6 +216,30 @@ def test_a_table_of_other_examples_is_not_taken_for_this_groups(run, tmp_path):
         evaluate(str(run), suites=["basic"], output=tmp_path)
     forget.unlink()
     evaluate(str(run), suites=["basic"], output=tmp_path)
+
+
+def test_a_table_of_another_model_is_not_taken_for_this_ones(run, tmp_path, monkeypatch, caplog):
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    (other / "model" / "more.json").write_text("{}")
+    for root, name in ((run, "own"), (other, "others")):
+        evaluate(str(root), suites=["basic"], output=tmp_path / name)
+    (own,), (others,) = ((tmp_path / name / "tables").glob("forget-*") for name in ("own", "others"))
+    whole = own.read_bytes()
+    assert read_table(own) == read_table(others) and table_of(own) != table_of(others)
+    own.write_bytes(others.read_bytes())
+    with pytest.raises(
+        RunError, match="was measured of another model, or in another way: it is marked .*Delete it"
+    ) as caught:
+        evaluate(str(run), suites=["basic"], output=tmp_path / "own")
+    assert str(own) in str(caught.value) and table_of(others)[:16] in str(caught.value)
+    own.write_bytes(whole)
+    seen = counted(monkeypatch)
+    evaluate(str(run), suites=["basic"], output=tmp_path / "own")
+    write_table(read_table(own), own)  # as an earlier version did
+    assert seen == [] and table_of(own) is None
+    evaluate(str(run), suites=["basic"], output=tmp_path / "own")
+    assert seen == [8] and table_of(own) == table_of(next(own.parent.glob("retain-*"))) is not None
+    assert [f"{own} is of an earlier version" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_reference_that_measured_other_examples_is_refused(run, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.tables import write_table
+from hf_clmul.evaluation.tables import table_of, write_table
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.files import LEDGER, read_events
 from hf_clmul.ledger.scan import REPORT, is_evaluation, plain_texts, text_files, without_key
@@ -89,7 +89,7 @@ def _blank(value: Any, erased: Erased, needles: Needles) -> Any:
 
 def _replace(path: Path, content: str | None) -> None:
     if content is not None and path.suffix == TABLE:
-        write_table([json.loads(line) for line in content.splitlines()], path)
+        write_table([json.loads(line) for line in content.splitlines()], path, table_of(path))
     elif content is not None:
         atomic_write(path, content)
     else:
