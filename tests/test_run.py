@@ -16,6 +16,7 @@ from small_run import bytes_and_times, events, execute, files, outcome, stop, wr
 from hf_clmul import paths
 from hf_clmul.errors import RunError
 from hf_clmul.families import loaded as measuring
+from hf_clmul.ledger.scan import scan
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.run import runner as run
 from hf_clmul.run.log import RunLog
@@ -61,6 +62,13 @@ def test_exactly_the_files_of_the_design(finished):
         *(f"model/{name}" for name in model | TOKENIZER | {"README.md"}),
         *(() if is_full else (f"adapters/people/{name}" for name in ADAPTER)),
     }  # fmt: skip
+
+
+def test_a_scan_finds_nothing_wrong_but_records_that_quote(finished):
+    """The weights that the erasure left, of a model trained whole too: the next request would begin with them."""
+    found = scan(finished)
+    assert {one.kind for one in found if one.wrong} == {"evaluation"}
+    assert {f"requests/{UNLEARN}/state", "model"} <= {one.path for one in found if one.kind == "approximate"}
 
 
 def test_the_record_has_every_key(finished):
