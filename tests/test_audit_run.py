@@ -148,6 +148,15 @@ def test_a_run_that_never_met_the_examples_says_so_in_its_record_and_its_card(ru
     assert record["verdict"][-1].endswith("No forgetting was put to the test.")
 
 
+def test_a_reference_without_a_model_is_refused_before_anything_is_measured(run, tmp_path):
+    (tmp_path / "odd").mkdir()
+    with pytest.raises(
+        RunError, match="odd holds neither a run .results.json. nor a model .config.json, adapter_config.json"
+    ):
+        audit_run(run, ["quantize"], tmp_path / "odd")
+    assert not (run / "audit").exists()
+
+
 def test_a_record_that_cannot_be_read_is_written_anew_from_what_was_kept(run):
     record = audit_run(run, ["quantize"])
     for content in (b"{", b"\xff\xfe", b'{"schema": 2}'):

@@ -86,6 +86,8 @@ def test_one_run_an_unfinished_one_and_other_families_are_refused(tmp_path):
     one = run(tmp_path / "a", "npo", 0.1, 0.9)
     with pytest.raises(RunError, match="at least two"):
         compare([one])
+    with pytest.raises(RunError, match="is named twice, and a run is not compared with itself: leave one out"):
+        compare([one, tmp_path / "c" / ".." / "a"])
     with pytest.raises(RunError, match="not complete"):
         compare([one, run(tmp_path / "b", "npo", 0.1, 0.9, status="running")])
     pictures = fake_results()

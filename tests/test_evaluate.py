@@ -176,6 +176,10 @@ def test_bad_input_is_explained(run, tmp_path):
     with pytest.raises(RunError, match="is not a run folder. Give one, or name the data to measure with: --recipe"):
         evaluate(str(tmp_path))
     with pytest.raises(
+        RunError, match="nowhere is not a run folder. Give that of a reference, such as `hf-clmul reference"
+    ):
+        evaluate(str(run), suites=["basic"], reference=tmp_path / "nowhere")
+    with pytest.raises(
         RunError,
         match="there is no suite 'tofuu' for language models; there are: basic, tofu, mia, continual, muse, lm_eval",
     ):

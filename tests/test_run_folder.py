@@ -34,6 +34,17 @@ def put(path: Path, content: object = "") -> None:
     path.write_text(json.dumps(content))
 
 
+def test_damaged_settings_of_a_request_are_named_with_the_remedy(folder, recipe):
+    step = opened(folder, recipe)[0]
+    for content in ("{", b"\xff\xfe".decode("latin-1")):
+        put(folder.request(step) / "settings.json")
+        (folder.request(step) / "settings.json").write_text(content)
+        with pytest.raises(
+            RunError, match=r"settings.json cannot be read as JSON .*Put the file back as it was, or run"
+        ):
+            opened(folder, recipe)
+
+
 def opened(folder: RunFolder, recipe: Path, *overrides: str, measured: str = "m") -> list:
     """Checked and begun, as a run does; returns the steps."""
     loaded = load_recipe(recipe, overrides)

@@ -51,6 +51,9 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """Raises RunError for a run that is not complete, for fewer than two, and for runs of different families."""
     if len(folders) < 2:
         raise RunError("compare needs at least two run folders, such as runs/npo and runs/simnpo.")
+    places = [folder.resolve() for folder in folders]
+    if twice := [folder for at, folder in enumerate(folders) if places[at] in places[:at]]:
+        raise RunError(f"{twice[0]} is named twice, and a run is not compared with itself: leave one out.")
     own = [_complete(folder) for folder in folders]
     read = [read_audit(folder) for folder in folders]
     old = [of_earlier_model(folder, record, audit) for folder, record, audit in zip(folders, own, read, strict=True)]

@@ -48,6 +48,8 @@ from hf_clmul.run.results import hardware, peak_memory, versions
 from hf_clmul.run.results_schema import read_record
 
 BEFORE = "before"
+MODEL_FILES = ("config.json", "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors")
+"""One of them is in the folder of any model."""
 SECTION = ("attacks", "after_run")
 TIMES = ("created", "versions", "hardware")
 """What differs between two records of the same findings."""
@@ -348,6 +350,11 @@ def _model_at(place: Path) -> Model:
         raise RunError(f"the reference {place} is no folder. Give a run, or a folder made by save_pretrained.")
     folder = RunFolder(place)
     if not folder.results.is_file():
+        if not any((place / name).is_file() for name in MODEL_FILES):  # before anything is measured
+            raise RunError(
+                f"the reference {place} holds neither a run (results.json) nor a model ({', '.join(MODEL_FILES)}). Give the folder of "
+                "one, such as `hf-clmul reference RECIPE` names."
+            )
         return Model(place, _sha256(place, {}), place.resolve().name, False)
     results = _results(folder)
     return Model(folder.model, _sha256(folder.model, results), results["name"], False)

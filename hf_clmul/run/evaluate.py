@@ -201,11 +201,15 @@ def _about(subject: Subject, how: Measuring) -> dict[str, Any]:
 
 
 def _check_run(root: Path) -> None:
-    if not (root / "results.json").is_file() or not (root / "recipe.yaml").is_file():
-        raise RunError(f"{root} is not a run folder. Give one, or name the data to measure with: --recipe RECIPE.")
+    _check_is_run(root, "Give one, or name the data to measure with: --recipe RECIPE.")
     complete_record(root, "There is no model to measure yet: give `hf-clmul run` again first.")
     if not (root / "model").is_dir():
         raise RunError(f"{root} has no folder `model`, which is what is measured: give `hf-clmul run` again first.")
+
+
+def _check_is_run(root: Path, remedy: str) -> None:
+    if not (root / "results.json").is_file() or not (root / "recipe.yaml").is_file():
+        raise RunError(f"{root} is not a run folder. {remedy}")
 
 
 def _check_suites(recipe: Recipe, names: Sequence[str], of_run: bool) -> None:
@@ -223,6 +227,7 @@ def _check_suites(recipe: Recipe, names: Sequence[str], of_run: bool) -> None:
 
 def _reference(folder: Path) -> Tables:
     """What the reference said after its last request."""
+    _check_is_run(folder, "Give that of a reference, such as `hf-clmul reference RECIPE` names.")
     _check_run(folder)
     found = measured_examples(folder)
     if not found.get("forget"):

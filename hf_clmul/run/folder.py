@@ -257,7 +257,14 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """What a request wrote down of itself. Raises RunError for a damaged file, without which nobody knows what the request did."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read as JSON ({error}). Put the file back as it was, or run the recipe into another folder with "
+            "--output."
+        ) from None
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
