@@ -222,6 +222,18 @@ def test_a_table_of_other_examples_is_not_taken_for_this_groups(run, tmp_path):
     evaluate(str(run), suites=["basic"], output=tmp_path)
 
 
+def test_a_run_whose_report_could_not_be_written_is_not_measured_first(run, tmp_path, monkeypatch):
+    odd, seen = Path(shutil.copytree(run, tmp_path / "odd")), counted(monkeypatch)
+    (odd / "audit").mkdir()
+    (odd / "audit" / "audit.json").write_text("{")
+    with pytest.raises(RunError, match="audit.json cannot be read as JSON .* Audit the run again"):
+        evaluate(str(odd), suites=["basic"], overrides=["evaluation.max_new_tokens=2"])
+    (odd / "ledger.jsonl").write_bytes((odd / "ledger.jsonl").read_bytes()[:-40])
+    with pytest.raises(RunError, match="lines were cut off its end"):
+        evaluate(str(odd), suites=["basic"], overrides=["evaluation.max_new_tokens=2"])
+    assert seen == []
+
+
 def test_a_table_of_another_model_is_not_taken_for_this_ones(run, tmp_path, monkeypatch, caplog):
     other = Path(shutil.copytree(run, tmp_path / "other"))
     (other / "model" / "more.json").write_text("{}")

@@ -45,6 +45,17 @@ def test_damaged_settings_of_a_request_are_named_with_the_remedy(folder, recipe)
             opened(folder, recipe)
 
 
+def test_a_report_that_cannot_be_deleted_is_explained(folder):
+    put(folder.report)
+    folder.outdate_report()
+    folder.outdate_report()
+    assert not folder.report.exists()
+    folder.report.parent.rmdir()
+    put(folder.root / "report")
+    with pytest.raises(RunError, match="could not write .*report.html: Not a directory\nA part of the path is a file"):
+        folder.outdate_report()
+
+
 def opened(folder: RunFolder, recipe: Path, *overrides: str, measured: str = "m") -> list:
     """Checked and begun, as a run does; returns the steps."""
     loaded = load_recipe(recipe, overrides)

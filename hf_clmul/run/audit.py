@@ -275,7 +275,7 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
         return
     text = json.dumps(record, indent=1) + "\n"
     atomic_write(file, text)
-    folder.report.unlink(missing_ok=True)  # it shows an earlier audit, or none
+    folder.outdate_report()  # it shows an earlier audit, or none
     reference = record["reference"] and record["reference"]["name"]
     ledger.append(
         folder.ledger, "audited", attacks=[entry["attack"] for entry in record["attacks"]],

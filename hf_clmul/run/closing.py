@@ -44,5 +44,5 @@ def show(folder: RunFolder, steps: Sequence[Step]) -> None:
 def show_anew(folder: RunFolder) -> None:
     """`show` of a finished run that something was measured of since. Raises RunError for a folder that is in use."""
     with folder.locked():
-        folder.report.unlink(missing_ok=True)
+        folder.outdate_report()
         show(folder, plan_steps(load_recipe(folder.recipe)))

@@ -19,11 +19,14 @@ from peft import PeftModel
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.evaluation.suite_table import Tables, results
 from hf_clmul.evaluation.suites import Measuring, Row
 from hf_clmul.evaluation.tables import REMEDY, SUFFIX, read_table, table_of, write_table
 from hf_clmul.families.loaders import load_of
 from hf_clmul.hashes import digest, file_hashes
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.files import remembered_head
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load
 from hf_clmul.paths import atomic_write
@@ -124,7 +127,7 @@ def evaluate(
             other = _reference(reference)
             alike(reference, wanted)
         if recipe is None:
-            on_main_first(state, lambda: held.enter_context(RunFolder(root).locked()))
+            on_main_first(state, lambda: _held(RunFolder(root), held))
             subject = _of_run(chosen, root, whole)
         else:
             subject = Subject(chosen, target, texts(whole))
@@ -205,6 +208,13 @@ def _check_run(root: Path) -> None:
     complete_record(root, "There is no model to measure yet: give `hf-clmul run` again first.")
     if not (root / "model").is_dir():
         raise RunError(f"{root} has no folder `model`, which is what is measured: give `hf-clmul run` again first.")
+
+
+def _held(folder: RunFolder, until: ExitStack) -> None:
+    """Locks a run's folder. Raises RunError, before anything is measured, for what its report could not be written with."""
+    until.enter_context(folder.locked())
+    ledger.verify(folder.ledger, remembered_head(folder.root))
+    read_audit(folder.root)
 
 
 def _check_is_run(root: Path, remedy: str) -> None:
