@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_clmul import __version__
-from hf_clmul.cli_output import console, errors_explained, is_main_process, say
+from hf_clmul.cli_output import console, errors_explained, is_main_process, names_of, say
 
 app = typer.Typer(
     help="Generative models that keep learning and can forget. A recipe lists what to learn and unlearn.",
@@ -219,9 +219,9 @@ def report(
 ) -> None:
     """Write the report of a run anew from its results."""
     with errors_explained(debug):
-        from hf_clmul.report.page import write_report
+        from hf_clmul.run.card import report_anew
 
-        say(f"report: {write_report(run_folder)}")
+        say(f"report: {report_anew(run_folder)}")
 
 
 @app.command()
@@ -229,7 +229,7 @@ def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN", help="A run folder; or with --recipe a model.")],
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="Whose data a model is measured with.")] = None,
-    suites: Annotated[str, typer.Option(help="Such as basic,tofu. Default: those of the recipe.")] = "",
+    suites: Annotated[str | None, typer.Option(help="Such as basic,tofu. Default: those of the recipe.")] = None,
     reference: Annotated[
         Path | None, typer.Option(help="Run folder of a model that never saw the forget data.")
     ] = None,
@@ -241,7 +241,7 @@ def evaluate(
         from hf_clmul.run import evaluate as evaluation
         from hf_clmul.run.evaluation_record import has_numbers, read_evaluation
 
-        named = [name.strip() for name in suites.split(",") if name.strip()]
+        named = names_of("--suites", suites) or ()
         files = evaluation.evaluate(target, recipe, overrides or (), named, reference, output)
         if is_main_process():
             from hf_clmul.cli_tables import evaluation_table
@@ -280,8 +280,7 @@ def audit(
     with errors_explained(debug):
         from hf_clmul.run.audit import audit_run
 
-        names = None if attacks is None else [name.strip() for name in attacks.split(",") if name.strip()]
-        record = audit_run(run_folder, names, reference, overrides or ())
+        record = audit_run(run_folder, names_of("--attacks", attacks), reference, overrides or ())
         from hf_clmul.console_audit import print_audit
 
         print_audit(record, console())
@@ -301,7 +300,7 @@ def compare(
         found, page = write_comparison(run_folders, output)
         for table in comparison_tables(found):
             console().print(table)
-        for note in found.notes:
+        for note in (*found.below, *found.notes):
             say(note)
         say(f"comparison: {page}")
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-from hf_clmul.errors import ClmulError
+from hf_clmul.errors import ClmulError, RecipeError
 
 MAX_WIDTH = 120  # wider tables are hard to read
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -31,6 +31,14 @@ def console(stderr: bool = False) -> Console:
 def say(text: str, stderr: bool = False) -> None:
     """Prints text as it is: no markup, no wrapping, so that it can be copied and searched."""
     console(stderr).print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+def names_of(option: str, given: str | None) -> list[str] | None:
+    """The names in an option, None where it is left out. Raises RecipeError for one that names nothing."""
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    if given is not None and not names:
+        raise RecipeError(f"{option}: it names nothing. Give names, with commas between them, or leave it out.")
+    return names or None
 
 
 @contextmanager

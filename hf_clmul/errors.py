@@ -1,4 +1,12 @@
-"""The two errors that reach a user. They carry a finished message; they know nothing of how it is shown."""
+"""The two errors that reach a user, with a finished message, and the reason of a library's error in one line. They know
+nothing of how it is shown."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of a library's error; where that only announces a list, the beginning of the whole."""
+    text = str(error).strip() or repr(error)
+    first = text.splitlines()[0].rstrip()
+    return " ".join(text.split())[:200] if first.endswith(":") else first
 
 
 class ClmulError(Exception):

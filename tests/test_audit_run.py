@@ -148,6 +148,15 @@ def test_a_run_that_never_met_the_examples_says_so_in_its_record_and_its_card(ru
     assert record["verdict"][-1].endswith("No forgetting was put to the test.")
 
 
+def test_a_reference_without_a_model_is_refused_before_anything_is_measured(run, tmp_path):
+    (tmp_path / "odd").mkdir()
+    with pytest.raises(
+        RunError, match="odd holds neither a run .results.json. nor a model .config.json, adapter_config.json"
+    ):
+        audit_run(run, ["quantize"], tmp_path / "odd")
+    assert not (run / "audit").exists()
+
+
 def test_a_record_that_cannot_be_read_is_written_anew_from_what_was_kept(run):
     record = audit_run(run, ["quantize"])
     for content in (b"{", b"\xff\xfe", b'{"schema": 2}'):
@@ -343,6 +352,7 @@ def test_the_card_of_the_model_tells_what_the_last_audit_said_and_what_is_on_the
     audit_run(run, ["relearn"], finished[1], QUICK)
     beside = card.read_text()
     assert "attacked, beside the reference small: relearn" in beside and beside.count("## Does it come back?") == 1
+    assert "Source: the audit, which measured small on the same examples." in beside
     for _ in range(2):
         execute(recipe, run, to_hub)
     assert pushed == [before, beside]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 import hf_clmul
 from hf_clmul.cli import app
+from hf_clmul.cli_output import names_of
 from hf_clmul.errors import RecipeError, RunError
 from hf_clmul.evaluation import SUITES
 from hf_clmul.evaluation.audit.attacks import ATTACKS, PICTURE_ATTACKS
@@ -250,10 +251,20 @@ def test_cp_copies_and_does_not_overwrite(folder, monkeypatch):
 
 
 def test_report_passes_the_folder_on(monkeypatch):
-    module = types.ModuleType("hf_clmul.report.page")
-    module.write_report = lambda run: run / "report/report.html"
-    monkeypatch.setitem(sys.modules, "hf_clmul.report.page", module)
+    module = types.ModuleType("hf_clmul.run.card")
+    module.report_anew = lambda run: run / "report/report.html"
+    monkeypatch.setitem(sys.modules, "hf_clmul.run.card", module)
     assert invoke("report", "runs/small").stdout == "report: runs/small/report/report.html\n"
+
+
+@pytest.mark.parametrize(("command", "option"), [("audit", "--attacks"), ("evaluate", "--suites")])
+def test_an_option_that_names_nothing_is_no_silent_default(command, option):
+    for given in (",", " ", ""):
+        result = invoke(command, "runs/none", option, given)
+        assert (result.exit_code, result.stderr) == (
+            2, f"{option}: it names nothing. Give names, with commas between them, or leave it out.\n"
+        )  # fmt: skip
+    assert names_of(option, " a,b ,") == ["a", "b"] and names_of(option, None) is None
 
 
 def test_env_and_version():

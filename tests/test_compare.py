@@ -55,6 +55,15 @@ def test_an_audit_of_an_earlier_model_is_not_compared(tmp_path):
     )
     assert first["widest gap in the audit"].startswith("0.800") and second["widest gap in the audit"] == "–"
     assert second["gap to reference"] == "–"
+    result = CliRunner().invoke(app, ["compare", str(one), str(two), "--output", str(tmp_path / "out")])
+    told = (
+        "b: its audit is of an earlier model, and nothing of it is shown here. "
+        f"Audit it again with `hf-clmul audit {two}`."
+    )
+    lines = result.output.splitlines()
+    assert result.exit_code == 0 and lines.count(told) == 1 and not any(line.startswith("a: ") for line in lines)
+    page = (tmp_path / "out" / "compare.html").read_text("utf-8")
+    assert page.count(told) == 1 and page.index(told) > page.index("</table>")
 
 
 def test_equal_names_are_told_apart_by_their_folders(tmp_path):
@@ -77,6 +86,8 @@ def test_one_run_an_unfinished_one_and_other_families_are_refused(tmp_path):
     one = run(tmp_path / "a", "npo", 0.1, 0.9)
     with pytest.raises(RunError, match="at least two"):
         compare([one])
+    with pytest.raises(RunError, match="is named twice, and a run is not compared with itself: leave one out"):
+        compare([one, tmp_path / "c" / ".." / "a"])
     with pytest.raises(RunError, match="not complete"):
         compare([one, run(tmp_path / "b", "npo", 0.1, 0.9, status="running")])
     pictures = fake_results()

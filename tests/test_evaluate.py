@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_clmul.cli import app
 from hf_clmul.errors import RecipeError, RunError
-from hf_clmul.evaluation.tables import read_table
+from hf_clmul.evaluation.tables import read_table, table_of, write_table
 from hf_clmul.families import loaded as measuring
 from hf_clmul.run import chunks
 from hf_clmul.run.evaluate import evaluate
@@ -176,6 +176,10 @@ def test_bad_input_is_explained(run, tmp_path):
     with pytest.raises(RunError, match="is not a run folder. Give one, or name the data to measure with: --recipe"):
         evaluate(str(tmp_path))
     with pytest.raises(
+        RunError, match="nowhere is not a run folder. Give that of a reference, such as `hf-clmul reference"
+    ):
+        evaluate(str(run), suites=["basic"], reference=tmp_path / "nowhere")
+    with pytest.raises(
         RunError,
         match="there is no suite 'tofuu' for language models; there are: basic, tofu, mia, continual, muse, lm_eval",
     ):
@@ -216,6 +220,42 @@ def test_a_table_of_other_examples_is_not_taken_for_this_groups(run, tmp_path):
         evaluate(str(run), suites=["basic"], output=tmp_path)
     forget.unlink()
     evaluate(str(run), suites=["basic"], output=tmp_path)
+
+
+def test_a_run_whose_report_could_not_be_written_is_not_measured_first(run, tmp_path, monkeypatch):
+    odd, seen = Path(shutil.copytree(run, tmp_path / "odd")), counted(monkeypatch)
+    (odd / "audit").mkdir()
+    (odd / "audit" / "audit.json").write_text("{")
+    with pytest.raises(RunError, match="audit.json cannot be read as JSON .* Audit the run again"):
+        evaluate(str(odd), suites=["basic"], overrides=["evaluation.max_new_tokens=2"])
+    (odd / "ledger.jsonl").write_bytes((odd / "ledger.jsonl").read_bytes()[:-40])
+    with pytest.raises(RunError, match="lines were cut off its end"):
+        evaluate(str(odd), suites=["basic"], overrides=["evaluation.max_new_tokens=2"])
+    assert seen == []
+
+
+def test_a_table_of_another_model_is_not_taken_for_this_ones(run, tmp_path, monkeypatch, caplog):
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    (other / "model" / "more.json").write_text("{}")
+    for root, name in ((run, "own"), (other, "others")):
+        evaluate(str(root), suites=["basic"], output=tmp_path / name)
+    (own,), (others,) = ((tmp_path / name / "tables").glob("forget-*") for name in ("own", "others"))
+    whole = own.read_bytes()
+    assert read_table(own) == read_table(others) and table_of(own) != table_of(others)
+    own.write_bytes(others.read_bytes())
+    with pytest.raises(
+        RunError, match="was measured of another model, or in another way: it is marked .*Delete it"
+    ) as caught:
+        evaluate(str(run), suites=["basic"], output=tmp_path / "own")
+    assert str(own) in str(caught.value) and table_of(others)[:16] in str(caught.value)
+    own.write_bytes(whole)
+    seen = counted(monkeypatch)
+    evaluate(str(run), suites=["basic"], output=tmp_path / "own")
+    write_table(read_table(own), own)  # as an earlier version did
+    assert seen == [] and table_of(own) is None
+    evaluate(str(run), suites=["basic"], output=tmp_path / "own")
+    assert seen == [8] and table_of(own) == table_of(next(own.parent.glob("retain-*"))) is not None
+    assert [f"{own} is of an earlier version" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_reference_that_measured_other_examples_is_refused(run, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from small_run import save_base
 from tiny import tiny_llama, tiny_tokenizer
 
-from hf_clmul.errors import RecipeError
+from hf_clmul.errors import RecipeError, reason
 from hf_clmul.families.loaded import tokenizer_sha256, weights_sha256
 from hf_clmul.models import adapters, loading
 from hf_clmul.models.loading import load, load_architecture
@@ -70,6 +70,11 @@ def test_what_is_not_there_is_explained(tmp_path, function, path):
     assert first.startswith(f"model.path: {path!r} could not be loaded: ")
     assert remedy == ("Give a Hub id, a folder made by save_pretrained, or a .gguf file; without network, a folder or file on "
                       "this machine.")  # fmt: skip
+
+
+def test_the_reason_of_another_librarys_error_is_one_whole_line():
+    assert reason(ValueError("first\nsecond")) == "first" and reason(KeyError()) == "KeyError()"
+    assert reason(ValueError("Not from one of: \n(1) a file\n(2) a name")) == "Not from one of: (1) a file (2) a name"
 
 
 def test_broken_weights_are_explained(base, tmp_path):

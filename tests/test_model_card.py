@@ -3,13 +3,15 @@
 import re
 
 import pytest
+from fake_audit import fake_audit
 from fake_pictures import PROMPTS, fake_pictures
 from fake_results import QUESTIONS, RECIPE, fake_results, fake_stream
 from ruamel.yaml import YAML
 
 from hf_clmul.gradients.conflict import CONFLICT_RULES
 from hf_clmul.objectives import TERMS
-from hf_clmul.report.model_card import as_text, model_card
+from hf_clmul.report.card_audit import with_audit
+from hf_clmul.report.model_card import as_text, model_card, with_results
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -87,6 +89,20 @@ def test_without_a_reference_it_says_so():
     assert "| Answer probability | 0.061 | 0.974 | 0.119 |\n" in measured
     assert "No figures of a model retrained without the forgotten data are recorded." in measured
     assert "**unknown** (no reference recorded;" in measured
+
+
+def test_a_reference_that_came_later_gets_into_the_card_and_all_else_stays():
+    late = card(reference=None)
+    assert with_results(late, fake_results()) == card() != late and with_results(card(), fake_results()) == card()
+    audited = with_audit(late, fake_audit())
+    assert with_results(audited, fake_results()) == with_audit(card(), fake_audit())
+    results = fake_stream() | {"name": "a # b"}
+    text = model_card(results, RECIPE, "merged", None)
+    assert with_results(text, results) == text and with_results(pictures_card(), fake_pictures()) == pictures_card()
+
+
+def test_a_card_of_somebody_elses_stays_as_it_is():
+    assert with_results("# Mine\n\nWritten by hand.\n", fake_results()) == "# Mine\n\nWritten by hand.\n"
 
 
 def test_limits_are_named_where_they_hold():

@@ -91,6 +91,10 @@ def test_a_complete_run_gets_it_when_it_is_given_again(bed, tmp_path):
     assert found["groups"]["forget"]["answer_probability"] == {"mean": mean(values), "std": stdev(values), "n": 2}
     assert set(found["groups"]) == {"forget", "retain", "held_out"}
     assert found["source"].startswith("small-reference, seeds 1000, 1001, trained 20")
+    cards = [(folder / "model" / "README.md").read_text() for folder in (bed["folder"] / "run", run)]
+    none = "No figures of a model retrained without the forgotten data are recorded."
+    assert [none in text for text in cards] == [True, False] and f"Source: {found['source']}." in cards[1]
+    assert "A model retrained without that data has" in cards[1] and events(run)[-1]["source"] == found["source"]
     assert str(bed["folder"]) not in json.dumps(found)
     assert outcome(run) == before and (run / "report" / "report.html").is_file()
     time = (run / "results.json").stat().st_mtime_ns

@@ -15,6 +15,7 @@ from fake_results import METRICS, RECIPE, REFERENCE, VALUES, fake_results, fake_
 from hf_clmul.errors import RunError
 from hf_clmul.report import words as report_words
 from hf_clmul.report.page import write_report
+from hf_clmul.report.settings import facts
 
 HOSTILE = "<script>alert('$x^{$')</script> {{ 7 * 7 }} \"quoted\" & <img src=x onerror=alert(1)>"
 SMALL = ("answer_probability", "rouge_l_recall", "fluency")
@@ -290,6 +291,10 @@ def test_a_log_cut_short_by_a_kill_is_read_as_far_as_it_goes(tmp_path):
         ('{"schema": 1, "na', "is not valid JSON"),
         ('{"schema": 2}', "expected `schema` 1, found 2"),
         ("[]", "expected `schema` 1, found None"),
+        (
+            json.dumps(fake_results() | {"stages": []}),
+            "results.json has no stage that was measured. Delete it and give",
+        ),
     ],
 )
 def test_a_folder_without_a_usable_record_is_refused(tmp_path, content, message):
@@ -298,6 +303,17 @@ def test_a_folder_without_a_usable_record_is_refused(tmp_path, content, message)
     with pytest.raises(RunError, match=re.escape(message)):
         write_report(tmp_path)
     assert not (tmp_path / "report").exists()
+
+
+def test_damaged_files_beside_the_record_keep_no_report_from_being_written(tmp_path):
+    write_fake_run(tmp_path, small_results())
+    for damaged in (b"\xff\n", b"[]\n", b'{"n": 1}\n'):
+        (tmp_path / "ledger.jsonl").write_bytes(damaged)
+        assert dict(facts(tmp_path, fake_results())["Run"])["ledger head"] == "–"
+    (tmp_path / "recipe.yaml").write_bytes(b"name: \xff")
+    for log in tmp_path.glob("requests/*/log.jsonl"):
+        log.write_bytes(b"[]\n{}\n\xff\n")
+    assert "name: \ufffd" in write_report(tmp_path).read_text("utf-8")
 
 
 def test_of_a_long_stream_the_last_requests_are_drawn(tmp_path):

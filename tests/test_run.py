@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import shutil
 import socket
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from small_run import bytes_and_times, events, execute, files, outcome, stop, wr
 from hf_clmul import paths
 from hf_clmul.errors import RunError
 from hf_clmul.families import loaded as measuring
+from hf_clmul.ledger.scan import scan
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.run import runner as run
 from hf_clmul.run.log import RunLog
@@ -61,6 +64,26 @@ def test_exactly_the_files_of_the_design(finished):
         *(f"model/{name}" for name in model | TOKENIZER | {"README.md"}),
         *(() if is_full else (f"adapters/people/{name}" for name in ADAPTER)),
     }  # fmt: skip
+
+
+def test_a_scan_finds_nothing_wrong_but_records_that_quote(finished):
+    """The weights that the erasure left, of a model trained whole too: the next request would begin with them."""
+    found = scan(finished)
+    assert {one.kind for one in found if one.wrong} == {"evaluation"}
+    assert {f"requests/{UNLEARN}/state", "model"} <= {one.path for one in found if one.kind == "approximate"}
+
+
+def test_what_a_finished_run_has_lost_comes_back_without_training(finished, tmp_path):
+    recipe, root = finished.parent / "recipe.yaml", Path(shutil.copytree(finished, tmp_path / "out"))
+    resolved, before = (root / "recipe.yaml").read_bytes(), outcome(root)
+    (root / "recipe.yaml").write_text("a: [")
+    with patch.object(run, "_execute", None):
+        execute(recipe, root)
+    assert (root / "recipe.yaml").read_bytes() == resolved
+    (root / "results.json").write_text(json.dumps(results(root) | {"stages": []}))
+    with patch("hf_clmul.run.request._train", None):
+        execute(recipe, root)
+    assert outcome(root) == before
 
 
 def test_the_record_has_every_key(finished):

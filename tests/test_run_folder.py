@@ -34,6 +34,28 @@ def put(path: Path, content: object = "") -> None:
     path.write_text(json.dumps(content))
 
 
+def test_damaged_settings_of_a_request_are_named_with_the_remedy(folder, recipe):
+    step = opened(folder, recipe)[0]
+    for content in ("{", b"\xff\xfe".decode("latin-1")):
+        put(folder.request(step) / "settings.json")
+        (folder.request(step) / "settings.json").write_text(content)
+        with pytest.raises(
+            RunError, match=r"settings.json cannot be read as JSON .*Put the file back as it was, or run"
+        ):
+            opened(folder, recipe)
+
+
+def test_a_report_that_cannot_be_deleted_is_explained(folder):
+    put(folder.report)
+    folder.outdate_report()
+    folder.outdate_report()
+    assert not folder.report.exists()
+    folder.report.parent.rmdir()
+    put(folder.root / "report")
+    with pytest.raises(RunError, match="could not write .*report.html: Not a directory\nA part of the path is a file"):
+        folder.outdate_report()
+
+
 def opened(folder: RunFolder, recipe: Path, *overrides: str, measured: str = "m") -> list:
     """Checked and begun, as a run does; returns the steps."""
     loaded = load_recipe(recipe, overrides)

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
+from hf_clmul.errors import RunError
 from hf_clmul.plan.columns import Evaluated
-from hf_clmul.run.stages import measure_stage
+from hf_clmul.run.stages import _kept, measure_stage
 
 
 def test_every_rank_has_read_what_there_is_before_the_main_one_writes(tmp_path: Path):
@@ -28,3 +31,13 @@ def test_every_rank_has_read_what_there_is_before_the_main_one_writes(tmp_path: 
     measure_stage(run, None, {"stage": "base", "title": "before learning"})
     assert seen == ["read", "wait", "wait, written"]
     assert json.loads((tmp_path / "result.json").read_text())["stage"] == "base"
+
+
+def test_rows_of_an_earlier_stage_that_were_damaged_are_named_with_the_remedy(tmp_path: Path):
+    run = SimpleNamespace(folder=SimpleNamespace(stage=lambda step: tmp_path))
+    assert _kept(run, None) == {}
+    (tmp_path / "examples.jsonl").write_text('{"group": "forget", "task": null, "id": "a", "logps": [-1.0]}\n')
+    assert _kept(run, None) == {"forget/a": {"id": "a", "logps": [-1.0]}}
+    (tmp_path / "examples.jsonl").write_text("{")
+    with pytest.raises(RunError, match=r"examples.jsonl cannot be read as the rows of a stage .*Delete .*result.json"):
+        _kept(run, None)

@@ -64,7 +64,7 @@ def test_a_state_from_before_an_approximate_erasure_is_left_over(bed):
     )
 
 
-@pytest.mark.parametrize("kind", ["teacher", "cache", "checkpoint"])
+@pytest.mark.parametrize("kind", ["teacher", "cache"])
 def test_what_an_approximate_erasure_needed_only_itself_must_go(bed, kind):
     bed.request("01-unlearn-two", "unlearn")
     bed.derived("targets", kind, STATE)
@@ -412,6 +412,18 @@ def test_a_data_file_without_examples_is_refused(bed, name, content):
         path.write_text(content)
     with pytest.raises(RunError, match="--data .*: no "):
         scan(bed.root, path)
+    with pytest.raises(RunError, match="--data .*small: is a folder: name a file in it"):
+        scan(bed.root, bed.root)
+
+
+def test_a_damaged_record_that_should_be_blanked_is_named(bed):
+    bed.unlearn()
+    bed.evaluation()
+    write(bed.root / "audit/audit.json", "{")
+    with pytest.raises(
+        RunError, match=r"audit/audit.json is not valid JSON, so that erased texts .* Delete it and give"
+    ):
+        redact(bed.root)
 
 
 def test_a_table_with_line_breaks_can_be_the_data_file(bed):

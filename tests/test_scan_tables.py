@@ -6,7 +6,7 @@ import pytest
 from ledger_bed import GONE, LATER, MODEL, PEOPLE, STATE, Bed, contents, lines, write
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.tables import read_table, write_table
+from hf_clmul.evaluation.tables import read_table, table_of, write_table
 from hf_clmul.ledger.scan import scan
 from hf_clmul.ledger.scan_redact import redact
 from hf_clmul.ledger.scan_text import ERASED
@@ -25,7 +25,7 @@ def bed(tmp_path):
     made.learn()
     made.unlearn(deleted=made.delete(STATE))
     made.export()
-    write_table(ROWS, made.root / TABLE)
+    write_table(ROWS, made.root / TABLE, "a model")
     write(made.root / PART, lines(ROWS))
     return made
 
@@ -37,7 +37,7 @@ def test_tables_that_quote_are_found_and_blanked_with_every_figure_kept(bed):
         {**row, **(dict.fromkeys(("question", "answer", "generated"), ERASED) if row["id"] in GONE else {})}
         for row in ROWS
     ]
-    assert read_table(bed.root / TABLE) == blank
+    assert read_table(bed.root / TABLE) == blank and table_of(bed.root / TABLE) == "a model"
     assert [json.loads(line) for line in (bed.root / PART).read_text().splitlines()] == blank
     raw = (bed.root / TABLE).read_bytes()
     assert all(PEOPLE[name]["answer"].encode() not in raw for name in GONE)

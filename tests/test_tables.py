@@ -5,7 +5,7 @@ import math
 import pytest
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.tables import read_table, write_table
+from hf_clmul.evaluation.tables import read_table, table_of, write_table
 
 ROWS = [
     {"id": "a", "group": "forget", "logps": [-0.1, -math.inf, -1e-9], "hits": [True, False, True], "paraphrase_logps": None,
@@ -34,6 +34,19 @@ def test_nothing_stays_in_a_cache_of_the_library(tmp_path, monkeypatch):
     write_table(ROWS, tmp_path / "t.parquet")
     read_table(tmp_path / "t.parquet")
     assert [path.name for path in tmp_path.rglob("*")] == ["t.parquet"]
+
+
+def test_a_table_says_what_it_is_of(tmp_path):
+    path = tmp_path / "t.parquet"
+    write_table(ROWS, path, "ab" * 32)
+    assert table_of(path) == "ab" * 32 and read_table(path) == ROWS
+    write_table(ROWS, path)
+    assert table_of(path) is None
+    path.write_bytes(b"no table")
+    with pytest.raises(
+        RunError, match=r"t.parquet cannot be read as a table of measured examples: .*\nDelete it and give"
+    ):
+        table_of(path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text"])

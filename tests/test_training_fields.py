@@ -70,9 +70,23 @@ def test_fields_of_our_own_are_those_of_the_config():
 def test_removed_names_are_gone_and_what_is_named_instead_exists():
     assert not REMOVED.keys() & FIELDS.keys()
     assert OURS.keys() <= FIELDS.keys()
-    named = [match[1] for sentence in REMOVED.values() if (match := re.match(r"write `?(\w+)", sentence))]
-    assert len(named) == 15
+    named = [
+        match[1] for sentence in REMOVED.values() if (match := re.match(r"(?:write|it is named) `?(\w+)", sentence))
+    ]
+    assert len(named) == 17
     assert set(named) <= FIELDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "now", "why"),
+    [
+        ("evaluation_strategy: steps", "eval_strategy", "a request's training has no data to evaluate on"),
+        ("group_by_length: true", "train_sampling_strategy", "the order of examples is fixed by the seed"),
+    ],
+)
+def test_a_removed_name_without_effect_is_answered_with_the_new_one_and_why(field, now, why):
+    [told] = problems(training(field))
+    assert f"it is named {now} now and has no effect here, since {why}: leave it out" in told
 
 
 def test_the_defaults_of_the_class_fit_their_own_types():

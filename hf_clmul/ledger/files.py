@@ -11,6 +11,7 @@ from hf_clmul.ledger.chain import Head
 from hf_clmul.ledger.key import key_id, read_key
 from hf_clmul.ledger.records import Event
 from hf_clmul.recipe.problems import did_you_mean
+from hf_clmul.run.results_schema import AGAIN
 
 LEDGER = "ledger.jsonl"
 
@@ -60,9 +61,9 @@ def read_results(root: Path) -> dict[str, Any] | None:
     try:
         results = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}). Run the recipe again to write it anew.") from None
+        raise RunError(f"{path} is not valid JSON ({error}). {AGAIN}") from None
     if not isinstance(results, dict):
-        raise RunError(f"{path} holds no record of a run. Run the recipe again to write it anew.")
+        raise RunError(f"{path} holds no record of a run. {AGAIN}")
     return results
 
 

@@ -30,8 +30,9 @@ REPORT = "report/report.html"
 AUDIT = "audit/"
 RECIPES = (".yaml", ".yml")
 ROWS = (".json", ".jsonl", TABLE)
-_LIVING = ("adapter", "merge", "export", "memory")
-"""Kinds that go on to exist after an approximate erasure; teachers, caches and checkpoints have done their work."""
+_LIVING = ("adapter", "checkpoint", "merge", "export", "memory")
+"""Kinds that go on to exist after an approximate erasure: a `checkpoint` is the state of a model that is trained whole, where the
+next request begins. Teachers and caches have done their work."""
 
 
 @dataclass(frozen=True)

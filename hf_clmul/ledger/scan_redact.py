@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.errors import RunError
-from hf_clmul.evaluation.tables import write_table
+from hf_clmul.evaluation.tables import table_of, write_table
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.files import LEDGER, read_events
 from hf_clmul.ledger.scan import REPORT, is_evaluation, plain_texts, text_files, without_key
@@ -41,7 +41,7 @@ def redact(root: Path, data: Path | None = None) -> list[str]:
             if not is_evaluation(name):
                 continue
             before, suffix = plain_text(path)
-            after = _report(path, erased, texts) if name == REPORT else _blanked(before, suffix, erased, needles)
+            after = _report(path, erased, texts) if name == REPORT else _blanked(path, before, suffix, erased, needles)
             if after != before:
                 changed[name] = {"before": _sha256(before), "after": after and _sha256(after)}
                 _replace(path, after)
@@ -60,10 +60,13 @@ def _report(path: Path, erased: Erased, needles: Needles) -> str | None:
     return None if quoted(needles, page) or erased.captioned(page) else path.read_text("utf-8")
 
 
-def _blanked(content: str, suffix: str, erased: Erased, needles: Needles) -> str:
+def _blanked(path: Path, content: str, suffix: str, erased: Erased, needles: Needles) -> str:
     values = json_values(content, suffix)
     if values is None:
-        raise RunError("an evaluation record is not valid JSON; run the recipe again to write it anew.")
+        raise RunError(
+            f"{path} is not valid JSON, so that erased texts in it cannot be blanked. Delete it and give the command that wrote it "
+            "again: what is measured is written anew."
+        )
     blank = [_blank(value, erased, needles) for value in values]
     if blank == values:
         return content
@@ -89,7 +92,7 @@ def _blank(value: Any, erased: Erased, needles: Needles) -> Any:
 
 def _replace(path: Path, content: str | None) -> None:
     if content is not None and path.suffix == TABLE:
-        write_table([json.loads(line) for line in content.splitlines()], path)
+        write_table([json.loads(line) for line in content.splitlines()], path, table_of(path))
     elif content is not None:
         atomic_write(path, content)
     else:

@@ -252,7 +252,8 @@ def strings(value: Any) -> Iterator[str]:
 def data_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that a user names. Raises RunError if there are none in a form that was learned."""
     if not path.is_file():
-        raise RunError(f"--data {path}: no such file.")
+        what = "is a folder: name a file in it" if path.is_dir() else "no such file"
+        raise RunError(f"--data {path}: {what}.")
     raw, suffix = plain_text(path)
     if suffix == ".csv":
         rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(raw, newline="")))

@@ -61,6 +61,8 @@ def _what(event: dict[str, Any]) -> str:
         case "audited":
             against = f", against {event['reference']}" if event["reference"] else ""
             return f"{', '.join(event['attacks']) or 'no attack'}{against}"
+        case "referenced":
+            return str(event["source"])
         case "redacted":
             return f"{len(event['files'])} files"
     return ", ".join(

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_utils import align_special_tokens
 
-from hf_clmul.errors import RecipeError
+from hf_clmul.errors import RecipeError, reason
 from hf_clmul.families.loaded import Loaded
 from hf_clmul.paths import atomic_folder, cache_folder
 
@@ -74,9 +74,8 @@ def explained_loading(section: "Model") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RecipeError(
-            f"model.path: {section.path!r} could not be loaded: {reason}\nGive a Hub id, a folder made by "
+            f"model.path: {section.path!r} could not be loaded: {reason(error)}\nGive a Hub id, a folder made by "
             "save_pretrained, or a .gguf file; without network, a folder or file on this machine."
         ) from error
 

@@ -140,12 +140,18 @@ FIELDS: dict[str, str] = {
 REMOVED: dict[str, str] = {
     "adafactor": "write `optim: adafactor`",
     "dispatch_batches": "leave it out; set per_device_train_batch_size",
-    "evaluation_strategy": "leave it out; what is measured stands in the section `evaluation`",
+    "evaluation_strategy": (
+        "it is named eval_strategy now and has no effect here, since a request's training has no data to evaluate on: leave it "
+        "out; what is measured stands in the section `evaluation`"
+    ),
     "fp16_backend": "leave it out; `fp16: true` is enough",
     "fp16_opt_level": "leave it out; `fp16: true` is enough",
     "fsdp_min_num_params": "write `fsdp_config: {min_num_params: ...}`",
     "fsdp_transformer_layer_cls_to_wrap": "write `fsdp_config: {transformer_layer_cls_to_wrap: [...]}`",
-    "group_by_length": "leave it out; the order of examples is fixed by the seed",
+    "group_by_length": (
+        "it is named train_sampling_strategy now and has no effect here, since the order of examples is fixed by the seed: leave "
+        "it out"
+    ),
     "half_precision_backend": "leave it out; `fp16: true` is enough",
     "include_inputs_for_metrics": "write `include_for_metrics: [inputs]`",
     "include_tokens_per_second": "write include_num_input_tokens_seen",

@@ -1,6 +1,7 @@
 """Runs side by side: a table of where each ended and what attacks brought back, and forgetting drawn against keeping. It knows the
 records of runs and of audits; it measures nothing."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Compared:
 class Comparison:
     """`columns` head the cells of the runs; `axes` are the labels of `left` and `kept`; `reference` is that pair of a retrained
     model, if a run recorded one (an audit's has no figure of what is kept: None); `efficient` are the runs than which no other
-    forgets more and keeps more."""
+    forgets more and keeps more. `notes` say what keeps runs from being compared, `below` why a cell of the table is a dash."""
 
     columns: tuple[str, ...]
     runs: tuple[Compared, ...]
@@ -43,14 +44,20 @@ class Comparison:
     reference: tuple[float, float | None] | None
     efficient: frozenset[int]
     notes: tuple[str, ...]
+    below: tuple[str, ...]
 
 
 def compare(folders: Sequence[Path]) -> Comparison:
     """Raises RunError for a run that is not complete, for fewer than two, and for runs of different families."""
     if len(folders) < 2:
         raise RunError("compare needs at least two run folders, such as runs/npo and runs/simnpo.")
+    places = [folder.resolve() for folder in folders]
+    if twice := [folder for at, folder in enumerate(folders) if places[at] in places[:at]]:
+        raise RunError(f"{twice[0]} is named twice, and a run is not compared with itself: leave one out.")
     own = [_complete(folder) for folder in folders]
-    audits = [_audit(folder, record) for folder, record in zip(folders, own, strict=True)]
+    read = [read_audit(folder) for folder in folders]
+    old = [of_earlier_model(folder, record, audit) for folder, record, audit in zip(folders, own, read, strict=True)]
+    audits = [None if earlier else audit for audit, earlier in zip(read, old, strict=True)]
     records = [referenced(record, audit) for record, audit in zip(own, audits, strict=True)]
     families = {record["model"].get("family", "causal_lm") for record in records}
     if len(families) > 1:
@@ -59,13 +66,17 @@ def compare(folders: Sequence[Path]) -> Comparison:
         )
     said = headline(records[0])
     columns, metrics = _columns(said)
+    names = _names(folders, records)
     runs = tuple(
         _compared(record, audit, name, said, metrics)
-        for record, audit, name in zip(records, audits, _names(folders, records), strict=True)
+        for record, audit, name in zip(records, audits, names, strict=True)
+    )
+    below = tuple(
+        _of_earlier(name, folder) for name, folder, earlier in zip(names, folders, old, strict=True) if earlier
     )
     places = [(run.left, run.kept) for run in runs]
     axes = _left_label(said.forgotten[0]), f"{metric_label(_kept(said))}, retain"
-    return Comparison(columns, runs, axes, _reference(records, said), efficient(places), tuple(_notes(records)))
+    return Comparison(columns, runs, axes, _reference(records, said), efficient(places), tuple(_notes(records)), below)
 
 
 def write_comparison(folders: Sequence[Path], folder: Path) -> tuple[Comparison, Path]:
@@ -93,10 +104,11 @@ def _complete(folder: Path) -> Record:
     return complete_record(folder, "Continue it with `hf-clmul run`, then compare.")
 
 
-def _audit(folder: Path, record: Record) -> Record | None:
-    """None where it is of a model that the run had before this one."""
-    audit = read_audit(folder)
-    return None if of_earlier_model(folder, record, audit) else audit
+def _of_earlier(name: str, folder: Path) -> str:
+    return (
+        f"{name}: its audit is of an earlier model, and nothing of it is shown here. Audit it again with "
+        f"`hf-clmul audit {shlex.quote(str(folder))}`."
+    )
 
 
 def _columns(said: Headline) -> tuple[tuple[str, ...], list[tuple[str, str]]]:

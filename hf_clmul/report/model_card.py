@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from hf_clmul.gradients.conflict import CONFLICT_RULES, rule_name
 from hf_clmul.objectives import TERMS
+from hf_clmul.report.card_audit import NEXT, TITLE
 from hf_clmul.report.claims import MEANINGS, claims
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.markdown import as_text, linked
@@ -18,7 +19,9 @@ from hf_clmul.report.words import checks, request_name, summary
 Kind = Literal["adapter", "combined", "merged", "full"]
 Citation = tuple[str, str, str]
 
-_TEMPLATE = "model_card.md.j2"
+_TEMPLATE, _MEASURED_TEMPLATE = "model_card.md.j2", "model_card_measured.md.j2"
+_SUMMARY = re.compile(r"(\n# [^\n]*\n\n)[^\n]*(\n\n## Load it\n)")
+_MEASURED = re.compile(rf"(?<=\n)## What was measured\n.*?(?=\n(?:{re.escape(TITLE)}|{re.escape(NEXT)})\n)", re.DOTALL)
 _LIBRARY = {"causal_lm": ("peft", "transformers"), "diffusion": ("diffusers", "diffusers")}
 """By family: of adapters, and of whole models."""
 _LORA = ("LoRA", "low-rank adapters", "arXiv 2106.09685")
@@ -41,26 +44,15 @@ def model_card(results: Mapping[str, Any], recipe_text: str, kind: Kind, base_mo
     `recipe_text` is the resolved recipe (YAML). `base_model` is the Hub id or the folder of the base, or
     None; only a Hub id gets into the metadata, as a folder means nothing on another machine.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from ruamel.yaml import YAML
 
     recipe = YAML(typ="safe", pure=True).load(recipe_text)
     hub_id = base_model if base_model is not None and _HUB_ID.fullmatch(base_model) else None
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,  # this is Markdown: the filter `text` escapes what comes from elsewhere
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        finalize=lambda value: DASH if value is None else value,
-    )
-    environment.filters.update(text=as_text, json=json.dumps)
-    environment.globals.update(fence=_fence, request_name=request_name, counts=_counts)
     revision = recipe["model"].get("revision")
     family, adapter = results["model"].get("family", "causal_lm"), kind not in ("merged", "full")
-    return environment.get_template(_TEMPLATE).render(
-        results=results,
+    return _rendered(
+        _TEMPLATE,
+        **_measured(results),
         kind=kind,
         adapter=adapter,
         loading=f"model_card_{family}.md.j2",
@@ -74,13 +66,45 @@ def model_card(results: Mapping[str, Any], recipe_text: str, kind: Kind, base_mo
         claims=claims(results),
         meanings=MEANINGS,
         summary=summary(results),
-        unlearned=has_unlearned(results),
         pictures=family == "diffusion",
-        checks=checks(results),
-        tables=group_tables(results),
         citations=citations(recipe),
         recipe=recipe_text.rstrip("\n"),
     )
+
+
+def with_results(card: str, results: Mapping[str, Any]) -> str:
+    """The card with the summary and the figures of this record, in place of those that it was written with; all else stays as it
+    was, and a card without these headings is somebody's own."""
+    said = as_text(" ".join(summary(results)))
+    card = _SUMMARY.sub(lambda found: f"{found[1]}{said}{found[2]}", card, count=1)
+    measured = _rendered(_MEASURED_TEMPLATE, **_measured(results))
+    return _MEASURED.sub(lambda found: measured, card, count=1)
+
+
+def _measured(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "results": results,
+        "unlearned": has_unlearned(results),
+        "checks": checks(results),
+        "tables": group_tables(results),
+    }
+
+
+def _rendered(template: str, **values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # this is Markdown: the filter `text` escapes what comes from elsewhere
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: DASH if value is None else value,
+    )
+    environment.filters.update(text=as_text, json=json.dumps)
+    environment.globals.update(fence=_fence, request_name=request_name, counts=_counts)
+    return environment.get_template(template).render(**values)
 
 
 def citations(recipe: Mapping[str, Any]) -> list[Citation]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_clmul.errors import RunError
 from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.report import picture_grid
 from hf_clmul.report.answers import answers
@@ -49,7 +50,7 @@ from hf_clmul.report.words import (
     summary,
 )
 from hf_clmul.run.evaluation_record import read_evaluations
-from hf_clmul.run.results_schema import read_record
+from hf_clmul.run.results_schema import AGAIN, read_record
 
 _TEMPLATE = "report.html.j2"
 _DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page
@@ -110,6 +111,8 @@ def write_report(run: Path) -> Path:
 
     audited = read_audit(run)
     own = read_record(run)
+    if not own["stages"]:
+        raise RunError(f"{run / 'results.json'} has no stage that was measured. {AGAIN}")
     earlier = of_earlier_model(run, own, audited)
     current = None if earlier else audited  # nothing is said of this model that was found of another
     results = referenced(own, current)
@@ -293,9 +296,9 @@ def _read_log(path: Path) -> list[dict[str, float]]:
     for line in (text_of(path) or "").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # a kill can leave half a line at the end
+            steps.setdefault(record["step"], {}).update(record)
+        except (ValueError, KeyError, TypeError):  # a kill can leave half a line at the end
             continue
-        steps.setdefault(record["step"], {}).update(record)
     return [steps[step] for step in sorted(steps)]
 
 

@@ -4,7 +4,6 @@ many."""
 
 import base64
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_clmul.report.tables import FORGET, RETAIN
+from hf_clmul.run.results_schema import read_rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,8 +86,8 @@ def _grid(
 
 def _pictured(run: Path, stage: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
     """{(group, prompt): pictures as PNG in base64} that a stage kept."""
-    path = run / ("base" if stage["kind"] == "base" else f"requests/{stage['stage']}") / "examples.jsonl"
-    rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.is_file() else ()
+    place = run / ("base" if stage["kind"] == "base" else f"requests/{stage['stage']}")
+    rows = read_rows(place) if (place / "examples.jsonl").is_file() else ()
     return {
         (row["group"], row["caption"]): row["pictures"]
         for row in rows

@@ -64,11 +64,14 @@ def _shown(values: Mapping[str, Any]) -> Facts:
 
 
 def _ledger_head(path: Path) -> tuple[str | None, int | None]:
-    """Hash of the last whole event, and the number of events."""
+    """Hash of the last whole event, and the number of events; of a damaged ledger, which `hf-clmul ledger verify` tells of, none."""
     lines = [line for line in (text_of(path) or "").split("\n")[:-1] if line]
-    return (json.loads(lines[-1])["hash"], len(lines)) if lines else (None, None)
+    try:
+        return (json.loads(lines[-1])["hash"], len(lines)) if lines else (None, None)
+    except (ValueError, KeyError, TypeError):
+        return None, None
 
 
 def text_of(path: Path) -> str | None:
-    """None where there is no such file."""
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    """None where there is no such file. It is shown, not read: what is no text in it is replaced."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None

@@ -38,7 +38,8 @@ from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run.audit_families import Prepared, prepared
-from hf_clmul.run.closing import show, write_card
+from hf_clmul.run.card import write_card
+from hf_clmul.run.closing import show
 from hf_clmul.run.folder import COMPLETE, RunFolder
 from hf_clmul.run.ledger import check_ledger
 from hf_clmul.run.log import quiet_libraries
@@ -47,6 +48,8 @@ from hf_clmul.run.results import hardware, peak_memory, versions
 from hf_clmul.run.results_schema import read_record
 
 BEFORE = "before"
+MODEL_FILES = ("config.json", "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors")
+"""One of them is in the folder of any model."""
 SECTION = ("attacks", "after_run")
 TIMES = ("created", "versions", "hardware")
 """What differs between two records of the same findings."""
@@ -108,7 +111,7 @@ def audit(
             found[name] = _sides(recipe, ready, name, options, models, places / f"{name}.json", start, bar)
     record = _record(recipe, ready, own, other, missing, attacks, found, state)
     _write(folder, record)
-    write_card(folder, record)
+    write_card(folder)
     return record
 
 
@@ -272,7 +275,7 @@ def _write(folder: RunFolder, record: dict[str, Any]) -> None:
         return
     text = json.dumps(record, indent=1) + "\n"
     atomic_write(file, text)
-    folder.report.unlink(missing_ok=True)  # it shows an earlier audit, or none
+    folder.outdate_report()  # it shows an earlier audit, or none
     reference = record["reference"] and record["reference"]["name"]
     ledger.append(
         folder.ledger, "audited", attacks=[entry["attack"] for entry in record["attacks"]],
@@ -347,6 +350,11 @@ def _model_at(place: Path) -> Model:
         raise RunError(f"the reference {place} is no folder. Give a run, or a folder made by save_pretrained.")
     folder = RunFolder(place)
     if not folder.results.is_file():
+        if not any((place / name).is_file() for name in MODEL_FILES):  # before anything is measured
+            raise RunError(
+                f"the reference {place} holds neither a run (results.json) nor a model ({', '.join(MODEL_FILES)}). Give the folder of "
+                "one, such as `hf-clmul reference RECIPE` names."
+            )
         return Model(place, _sha256(place, {}), place.resolve().name, False)
     results = _results(folder)
     return Model(folder.model, _sha256(folder.model, results), results["name"], False)

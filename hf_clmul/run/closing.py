@@ -1,23 +1,23 @@
 """What is shown of a complete run: receipts, the report, the card of the model, and the model on the Hub if the recipe wants it
 there. It knows files of a run folder; nothing of models."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.receipt import receipt
 from hf_clmul.paths import atomic_write
 from hf_clmul.plan.steps import Step, plan_steps
 from hf_clmul.recipe.load import load_recipe
-from hf_clmul.report.card_audit import with_audit
 from hf_clmul.report.page import write_report
+from hf_clmul.run.card import write_card
 from hf_clmul.run.folder import RunFolder
 from hf_clmul.run.hub import push
 
 if TYPE_CHECKING:
     from hf_clmul.recipe.schema import Recipe
 
-PUBLISHED = ("exported", "audited")
+PUBLISHED = ("exported", "audited", "referenced")
 """Events after which what is on the Hub is no longer what is here: the model or its card."""
 
 
@@ -37,21 +37,12 @@ def show(folder: RunFolder, steps: Sequence[Step]) -> None:
         for step in steps:
             if step.kind == "unlearn":
                 atomic_write(folder.receipts / f"{step.what}.md", receipt(folder.root, step.name))
+        write_card(folder)
         write_report(folder.root)
 
 
 def show_anew(folder: RunFolder) -> None:
     """`show` of a finished run that something was measured of since. Raises RunError for a folder that is in use."""
     with folder.locked():
-        folder.report.unlink(missing_ok=True)
+        folder.outdate_report()
         show(folder, plan_steps(load_recipe(folder.recipe)))
-
-
-def write_card(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """The audit's verdict in the card of the model."""
-    card = folder.model / "README.md"
-    if card.is_file():
-        old = card.read_text("utf-8")
-        new = with_audit(old, record)
-        if new != old:
-            atomic_write(card, new)

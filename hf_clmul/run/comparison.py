@@ -1,14 +1,12 @@
 """How far a run is from a model that never saw the forgotten data: forget quality, utility and fluency, always together,
 since a destroyed model passes a test of forget quality alone. Knows run folders' records; no models."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_clmul.errors import RunError
 from hf_clmul.evaluation.metrics import Row, forget_quality, model_utility, truth_ratio
-from hf_clmul.run.results_schema import complete_record
+from hf_clmul.run.results_schema import complete_record, read_rows
 
 UTILITY = ("answer_probability", "rouge_l_recall", "truth_ratio")
 
@@ -43,15 +41,8 @@ def examples(run: Path, stage: str | None = None) -> dict[str, list[Row]]:
     stage = stage or last_stage(run)["stage"]
     place = run / "base" if stage == "base" else run / "requests" / stage
     grouped: dict[str, list[Row]] = {}
-    try:
-        for line in (place / "examples.jsonl").read_text("utf-8").splitlines():
-            row = json.loads(line)
-            grouped.setdefault(row["group"], []).append(row)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{place / 'examples.jsonl'} cannot be read as the rows of a stage ({error!r}). Delete {place / 'result.json'}, and "
-            "give `hf-clmul run` again: the stage is measured anew."
-        ) from error
+    for row in read_rows(place):
+        grouped.setdefault(row["group"], []).append(row)
     return grouped
 
 

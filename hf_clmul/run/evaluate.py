@@ -2,6 +2,7 @@
 measured as tables, and measures nothing that a table has. Knows runs, tables and suites; it changes no model."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,11 +19,14 @@ from peft import PeftModel
 from hf_clmul.data.roles import derived_seed
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation import SUITES
+from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.evaluation.suite_table import Tables, results
 from hf_clmul.evaluation.suites import Measuring, Row
-from hf_clmul.evaluation.tables import SUFFIX, read_table, write_table
+from hf_clmul.evaluation.tables import REMEDY, SUFFIX, read_table, table_of, write_table
 from hf_clmul.families.loaders import load_of
 from hf_clmul.hashes import digest, file_hashes
+from hf_clmul.ledger import chain as ledger
+from hf_clmul.ledger.files import remembered_head
 from hf_clmul.models import adapters
 from hf_clmul.models.loading import load
 from hf_clmul.paths import atomic_write
@@ -42,6 +46,8 @@ from hf_clmul.run.request import on_main_first
 from hf_clmul.run.results import hardware, versions
 from hf_clmul.run.results_schema import complete_record, read_record
 from hf_clmul.run.retrained import alike, references
+
+log = logging.getLogger(__name__)
 
 TABLES, REFERENCE = "tables", "reference-"
 COLUMNS = ("logps", "hits", "token_means", "generated")  # of every table
@@ -121,7 +127,7 @@ def evaluate(
             other = _reference(reference)
             alike(reference, wanted)
         if recipe is None:
-            on_main_first(state, lambda: held.enter_context(RunFolder(root).locked()))
+            on_main_first(state, lambda: _held(RunFolder(root), held))
             subject = _of_run(chosen, root, whole)
         else:
             subject = Subject(chosen, target, texts(whole))
@@ -198,11 +204,22 @@ def _about(subject: Subject, how: Measuring) -> dict[str, Any]:
 
 
 def _check_run(root: Path) -> None:
-    if not (root / "results.json").is_file() or not (root / "recipe.yaml").is_file():
-        raise RunError(f"{root} is not a run folder. Give one, or name the data to measure with: --recipe RECIPE.")
+    _check_is_run(root, "Give one, or name the data to measure with: --recipe RECIPE.")
     complete_record(root, "There is no model to measure yet: give `hf-clmul run` again first.")
     if not (root / "model").is_dir():
         raise RunError(f"{root} has no folder `model`, which is what is measured: give `hf-clmul run` again first.")
+
+
+def _held(folder: RunFolder, until: ExitStack) -> None:
+    """Locks a run's folder. Raises RunError, before anything is measured, for what its report could not be written with."""
+    until.enter_context(folder.locked())
+    ledger.verify(folder.ledger, remembered_head(folder.root))
+    read_audit(folder.root)
+
+
+def _check_is_run(root: Path, remedy: str) -> None:
+    if not (root / "results.json").is_file() or not (root / "recipe.yaml").is_file():
+        raise RunError(f"{root} is not a run folder. {remedy}")
 
 
 def _check_suites(recipe: Recipe, names: Sequence[str], of_run: bool) -> None:
@@ -220,6 +237,7 @@ def _check_suites(recipe: Recipe, names: Sequence[str], of_run: bool) -> None:
 
 def _reference(folder: Path) -> Tables:
     """What the reference said after its last request."""
+    _check_is_run(folder, "Give that of a reference, such as `hf-clmul reference RECIPE` names.")
     _check_run(folder)
     found = measured_examples(folder)
     if not found.get("forget"):
@@ -237,14 +255,15 @@ def _tables(
     """The rows of each group, from their tables; of groups that have none, measured now, each example once. The names of the
     tables begin with `prefix`; with `fluency` the base model reads what was generated."""
     about = _about(subject, how)
+    of = digest(about)
     files = {
         name: place / TABLES / f"{prefix}{name}-{digest([about, [wanted.rows[text] for text in chosen]])[:16]}{SUFFIX}"
         for name, chosen in wanted.groups.items()
     }
     state.wait_for_everyone()
-    missing = [name for name, file in files.items() if not file.is_file()]
+    missing = [name for name, file in files.items() if not _is_there(file, state)]
     state.wait_for_everyone()  # all have looked before the main one writes
-    found = {name: _read(file, wanted, name) for name, file in files.items() if name not in missing}
+    found = {name: _read(file, of, wanted, name) for name, file in files.items() if name not in missing}
     if not missing:
         return found
     unique = list(dict.fromkeys(text for name in missing for text in wanted.groups[name]))
@@ -253,7 +272,7 @@ def _tables(
     for name in missing:
         found[name] = [{**rows[text], "group": name} for text in wanted.groups[name]]
         if state.is_main_process:
-            write_table(found[name], files[name])
+            write_table(found[name], files[name], of)
             for old in files[name].parent.glob(f"{prefix}{name}-*{SUFFIX}"):
                 if old != files[name] and re.fullmatch(rf"{re.escape(prefix + name)}-[0-9a-f]{{16}}", old.stem):
                     old.unlink()
@@ -262,14 +281,28 @@ def _tables(
     return {name: found[name] for name in files}
 
 
-def _read(file: Path, wanted: Evaluated, group: str) -> list[Row]:
-    """The rows of a table. Raises RunError for those of other examples, which only a file that was copied or renamed has."""
-    rows = read_table(file, COLUMNS)
-    if [row.get("id") for row in rows] != [wanted.rows[text].get("id") for text in wanted.groups[group]]:
+def _is_there(file: Path, state: PartialState) -> bool:
+    """Whether there is a table that says what it is of."""
+    if not file.is_file():
+        return False
+    if table_of(file) is None:
+        if state.is_main_process:
+            log.warning("%s is of an earlier version, and does not say of which model: it is measured anew", file)
+        return False
+    return True
+
+
+def _read(file: Path, of: str, wanted: Evaluated, group: str) -> list[Row]:
+    """The rows of a table. Raises RunError for those of another model, of other settings or of other examples, which only a file
+    that was copied or renamed has."""
+    rows, found = read_table(file, COLUMNS), table_of(file)
+    if found != of:
         raise RunError(
-            f"{file} has rows of other examples than those of the group {group!r}. Delete it and give the command that made it "
-            "again: what is measured is written anew."
+            f"{file} was measured of another model, or in another way: it is marked {str(found)[:16]}, and what is measured here "
+            f"{of[:16]}. {REMEDY}"
         )
+    if [row.get("id") for row in rows] != [wanted.rows[text].get("id") for text in wanted.groups[group]]:
+        raise RunError(f"{file} has rows of other examples than those of the group {group!r}. {REMEDY}")
     return rows
 
 

@@ -12,6 +12,7 @@ from hf_clmul.evaluation.suite_table import Entry, Results, Tables, blank, conti
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.results_schema import AGAIN
 
 Measure = Callable[[Any, Evaluated, Measuring], dict[str, list[dict[str, Any]]]]
 """(subject, examples by group, how) -> rows by group"""
@@ -49,7 +50,7 @@ def _as_evaluated(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Evaluate
 def of_stream(record: Mapping[str, Any], where: str) -> Results:
     """The suite `continual`, from the record of a run. Raises RunError for one of an earlier version, which has no stream."""
     if not record.get("stream"):
-        raise RunError(f"{where} has no `stream`: an earlier version wrote it. Run the recipe again to write it anew.")
+        raise RunError(f"{where} has no `stream`: an earlier version wrote it. {AGAIN}")
     return {"groups": {}, "suites": {"continual": continual(record["stream"])}}
 
 

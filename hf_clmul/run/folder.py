@@ -65,7 +65,7 @@ class RunFolder:
     def finished(self, recipe_sha256: str) -> dict[str, Any] | None:
         """The results record if this very recipe was carried out to its end, else None."""
         results = read_record(self.root) if self.results.is_file() else None
-        done = results is not None and results["status"] == COMPLETE and self.model.is_dir()
+        done = results and results["status"] == COMPLETE and results["stages"] and self.model.is_dir()
         return results if done and results["recipe_sha256"] == recipe_sha256 else None
 
     @contextmanager
@@ -139,7 +139,7 @@ class RunFolder:
         for place in [*stale, *self._unknown(steps)]:
             if place.exists():
                 shutil.rmtree(place)
-        atomic_write(self.recipe, dump_recipe(recipe))
+        self.write_recipe(recipe)
 
     def start(self, recipe: Recipe, steps: "Sequence[Step]", step: "Step") -> None:
         """Records the settings that a request is being carried out with."""
@@ -174,11 +174,24 @@ class RunFolder:
         shutil.rmtree(place, ignore_errors=True)
         return deleted
 
+    def outdate_report(self) -> None:
+        """Deletes the page, which shows what no longer holds: it is written anew where there is none."""
+        with explained_writes(self.report):
+            self.report.unlink(missing_ok=True)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """The resolved recipe, where it is not there as it is."""
+        text = dump_recipe(recipe)
+        if not self.recipe.is_file() or self.recipe.read_bytes() != text.encode():
+            atomic_write(self.recipe, text)
+
     def _check_ours(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise RunError(f"{self.root} is a file and not a folder: choose another place with --output.")
         if not self.ledger.is_file() and not self._is_ours():
-            raise RunError(f"{self.root} is not empty and not a run folder: choose another with --output.")
+            raise RunError(
+                f"{self.root} is not empty and not a run folder: there is no {self.ledger.name} in it. Choose another folder."
+            )
 
     def _is_ours(self) -> bool:
         """Empty, or with a recipe that was written by `begin`: resolved, unlike one that a user wrote and keeps there."""
@@ -255,7 +268,14 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    """What a request wrote down of itself. Raises RunError for a damaged file, without which nobody knows what the request did."""
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read as JSON ({error}). Put the file back as it was, or run the recipe into another folder with "
+            "--output."
+        ) from None
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

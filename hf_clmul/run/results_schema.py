@@ -178,7 +178,7 @@ def read_record(root: Path, remedy: str = AGAIN) -> dict[str, Any]:
     path = root / "results.json"
     try:
         record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{path} is not there. Give the folder of a run, such as runs/quickstart.") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is not valid JSON ({error}). {remedy}") from None
@@ -215,6 +215,19 @@ def read_stage(path: Path) -> dict[str, Any] | None:
         raise RunError(f"{path} is not valid JSON ({error}). {STAGE_AGAIN}") from None
     _validate(Stage, record, str(path), STAGE_AGAIN)
     return record
+
+
+def read_rows(place: Path) -> list[dict[str, Any]]:
+    """The rows of the stage in a folder, each with its group. Raises RunError for rows that are missing or damaged."""
+    try:
+        rows = [json.loads(line) for line in (place / "examples.jsonl").read_text("utf-8").splitlines()]
+        return [{**row, "group": row["group"]} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{place / 'examples.jsonl'} cannot be read as the rows of a stage ({error!r}). Delete {place / 'result.json'} and "
+            "the run's results.json, and give `hf-clmul run` again: the stage is measured anew; if a later request removed the weights, "
+            "choose another folder with --output."
+        ) from error
 
 
 def _validate(part: type[BaseModel], record: Any, where: str, remedy: str) -> None:

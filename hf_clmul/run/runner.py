@@ -81,6 +81,8 @@ def run_recipe(recipe: Recipe, output: Path) -> Path:
             of_run = recipe, sha256, folder, steps, chosen, how, measured, state, loaded, model, reference, others
             _execute(Run(*of_run), began)
             del model, loaded  # the audit loads its own, one at a time
+        else:
+            on_main_first(state, lambda: folder.write_recipe(recipe))  # what looks at the run reads it
         on_main_first(state, lambda: _refer(recipe, folder, reference, others))
         on_main_first(state, lambda: _audited(recipe, folder, steps, state))
         on_main_first(state, lambda: close(recipe, folder, steps))
@@ -177,7 +179,7 @@ def _finish(run: Run, began: float) -> None:
     some = [run.evaluated.rows[texts[0]] for texts in run.evaluated.groups.values()]
     exported = export(run.loaded, run.model, run.folder, wanted, card, run.loaded.probe(some))
     run.ledger.exported(wanted)
-    run.folder.report.unlink(missing_ok=True)  # it may show an earlier export
+    run.folder.outdate_report()  # it may show an earlier export
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     whole = {**_record(run, COMPLETE, began), "export": exported, "finished": finished}
     if isinstance(run.model, PeftModel):
@@ -188,15 +190,16 @@ def _finish(run: Run, began: float) -> None:
 
 
 def _refer(recipe: Recipe, folder: RunFolder, reference: dict[str, Any] | None, others: Tables | None) -> None:
-    """Puts beside a complete run a reference that was trained since, and what suites say with its rows `others`. The card in
-    `model/` stays as it was exported."""
+    """Puts beside a complete run a reference that was trained since, and what suites say with its rows `others`."""
     results = json.loads(folder.results.read_text("utf-8"))
     if reference is not None and results["reference"] != reference:
         stages = results["stages"]
         if others is not None and further_suites(recipe):
             stages = [compared(recipe, stage, examples(folder.root, stage["stage"]), others) for stage in stages]
+        # Before the record, with which nothing would tell of the change any more.
+        folder.outdate_report()
+        ledger.append(folder.ledger, "referenced", source=reference["source"])
         _write_json(folder.results, {**results, "stages": stages, "reference": reference})
-        folder.report.unlink(missing_ok=True)
 
 
 def _is_audited(recipe: Recipe, steps: Sequence[Step]) -> bool:

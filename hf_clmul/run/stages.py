@@ -16,6 +16,7 @@ from hf_clmul.plan.steps import Step
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.run import chunks
 from hf_clmul.run.request import Run
+from hf_clmul.run.results_schema import read_rows
 
 Row = dict[str, Any]
 
@@ -160,8 +161,8 @@ def _columns(wanted: Evaluated, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(run: Run, step: Step | None) -> dict[str, Row]:
     """What an earlier process measured, by key."""
-    path = run.folder.stage(step) / "examples.jsonl"
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    place = run.folder.stage(step)
+    lines = read_rows(place) if (place / "examples.jsonl").is_file() else []
     return {f"{line.pop('task') or line['group']}/{line['id']}": _without_group(line) for line in lines}
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_clmul.data.encoding import encode, example_format
-from hf_clmul.errors import RunError
+from hf_clmul.errors import RunError, reason
 from hf_clmul.evaluation import metrics
 from hf_clmul.evaluation.audit.fine_tuning import fine_tuned
 from hf_clmul.evaluation.audit.probes import context_length
@@ -100,8 +100,10 @@ def open_text(
             model = PeftModel.from_pretrained(base, folder)
             model = model if switchable else model.merge_and_unload()
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise RunError(f"the model in {folder} could not be loaded: {reason}") from error
+        raise RunError(
+            f"the model in {folder} could not be loaded: {reason(error)}. If a run wrote it, delete the folder and give `hf-clmul run` "
+            "again, which exports it anew."
+        ) from error
     return TextSubject(model.eval().to(device), tokenizer, data, how, samples)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from hf_clmul.errors import RecipeError, RunError
+from hf_clmul.errors import RecipeError, RunError, reason
 from hf_clmul.models.diffusion.architectures import Architecture, architecture_of, named
 from hf_clmul.models.diffusion.noising import noising_of
 from hf_clmul.paths import atomic_folder
@@ -228,9 +228,8 @@ def explained(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise RecipeError(
-            f"model.path: {path!r} could not be loaded: {reason}\nGive a Hub id or a folder made by a pipeline's "
+            f"model.path: {path!r} could not be loaded: {reason(error)}\nGive a Hub id or a folder made by a pipeline's "
             "save_pretrained; without network, a folder on this machine."
         ) from error
 
