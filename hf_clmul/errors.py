@@ -1,4 +1,4 @@
-"""The two errors that reach a user. They carry a finished message; they know nothing of how it is shown."""
+"""The errors that reach a user: of a recipe, and of a run. They carry a finished message; they know nothing of how it is shown."""
 
 
 class ClmulError(Exception):
@@ -15,3 +15,7 @@ class RecipeError(ClmulError):
 
 class RunError(ClmulError):
     """The run could not go on. What was finished stays on disk and can be resumed."""
+
+
+class NotFinite(RunError):
+    """What a model gives are no numbers: it is destroyed, or its precision is too low. An attack on it ends there, and nothing else."""

@@ -27,7 +27,7 @@ from hf_clmul.evaluation.audit.kept import (
     write_kept,
 )
 from hf_clmul.evaluation.audit.merging import compared, merged
-from hf_clmul.evaluation.audit.protocol import Absent, Point, Stopped, Subject
+from hf_clmul.evaluation.audit.protocol import BEFORE, Absent, Point, Stopped, Subject
 from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked, model_sha256, read_audit
 from hf_clmul.evaluation.audit.verdict import verdict
 from hf_clmul.hashes import digest, file_hash, file_hashes
@@ -46,7 +46,6 @@ from hf_clmul.run.reference import NoReference, found_reference, reference_recip
 from hf_clmul.run.results import hardware, peak_memory, versions
 from hf_clmul.run.results_schema import read_record
 
-BEFORE = "before"
 SECTION = ("attacks", "after_run")
 TIMES = ("created", "versions", "hardware")
 """What differs between two records of the same findings."""

@@ -4,6 +4,8 @@ are apart; it never says that something is gone. It knows metrics by name, and n
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hf_clmul.evaluation.audit.protocol import BEFORE
+
 Record = Mapping[str, Any]
 WORDS = {
     "answer_probability": "answer probability",
@@ -182,7 +184,7 @@ def _over(entry: Record) -> float:
 
 def start_of(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an attack starts from: its own first point, which may be of fewer examples, else what was measured before all."""
-    first = next((point for point in attack["points"] if point["label"] == "before"), None)
+    first = next((point for point in attack["points"] if point["label"] == BEFORE), None)
     return before if first is None else first["metrics"]
 
 
@@ -264,7 +266,7 @@ def _found(attack: Record, before: Mapping[str, Any], after: Sequence[Record], h
 
 def points_after(attack: Record) -> list[Record]:
     """The points behind the first that say anything: of a model that an attack destroyed there are no numbers."""
-    return [point for point in attack["points"] if point["label"] != "before" and point["metrics"]]
+    return [point for point in attack["points"] if point["label"] != BEFORE and point["metrics"]]
 
 
 def _told(found: Mapping[str, Any]) -> dict[str, Any]:
