@@ -132,7 +132,11 @@ def test_training_that_diverges_ends_its_attack_alone_and_keeps_what_was_measure
     quantized, relearned, inverted = audit_run(root, ["quantize", "relearn", "inversion"], None, options)["attacks"]
     assert quantized["stopped"] is None and len(quantized["points"]) == 4
     for one in (relearned, inverted):
-        assert one["absent"] is None and "the training diverged, " in one["stopped"] and "the loss is nan" in one["stopped"]
+        assert (
+            one["absent"] is None
+            and "the training diverged, " in one["stopped"]
+            and "the loss is nan" in one["stopped"]
+        )
         assert f"{one['attack']}: it ended early, {one['stopped'].rstrip('.')}." in read_audit(root)["verdict"]
         assert one["points"][0]["label"] == "before" and one["points"][0]["metrics"]
     assert [(point["x"], point["metrics"]) for point in relearned["points"][1:]] == [(1.0, {})]
