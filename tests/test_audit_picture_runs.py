@@ -108,6 +108,7 @@ def test_a_run_and_its_reference_meet_all_attacks(runs, made):
     assert (before["run"]["value"], before["gap"]["value"]) == (1.0, 0.0)  # the judge sees cats
     assert record["before"]["unlearning_accuracy"]["run"]["value"] == 0.0
     assert relearned["points"][0]["metrics"] == record["before"]
+    assert (record["scope"], record["held"]) == ([], True)
     assert record["reference"]["name"] == "drawn" and events(root)[-1]["event"] == "audited"
     again = (root / "audit" / "audit.json").read_bytes()
     with patch.object(auditing, "_attacked", lambda *args: pytest.fail("attacked again")):
