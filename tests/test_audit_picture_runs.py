@@ -271,7 +271,7 @@ def test_tables_and_console_say_what_is_measured():
         ]
     record = {"name": "n", "reference": None, "before": BEFORE, "attacks": [relearned], "verdict": []}
     (table,) = attack_tables(record)
-    assert (table.title, table.metrics) == ("Relearning what was forgotten", ("UA", "Still drawn"))
+    assert (table.title, table.metrics) == ("Relearning what was forgotten", ("Still drawn",))
     assert table.samples[0] == (
         "a red seven",
         "a red seven",

@@ -80,7 +80,7 @@ DARK = Theme(
 
 def metric_bars(results: Mapping[str, Any], metric: str, theme: Theme) -> Figure:
     """Bars of one metric: in each group the stages, from pale to full colour, and then the reference."""
-    stages, groups = results["stages"], group_keys(results)
+    stages, groups = results["stages"], _groups_with(results, metric)
     entries = {group: reference_entry(results, group, metric) for group in groups}
     referenced = any(entries.values())
     bars = len(stages) + referenced
@@ -248,12 +248,22 @@ def png(figure: Figure) -> bytes:
 def describe_bars(results: Mapping[str, Any], metric: str) -> str:
     """The figure's numbers in words, for those who do not see it."""
     parts = []
-    for group in group_keys(results):
+    for group in _groups_with(results, metric):
         values = [f"{format_value(metric_value(s, group, metric))} {s['title']}" for s in results["stages"]]
         entry = reference_entry(results, group, metric)
         values += [] if entry is None else [f"reference {format_value(entry['mean'])}"]
         parts.append(f"{group_title(group)}: {', '.join(values)}")
     return f"{metric_label(metric)}, bars. {'; '.join(parts)}."
+
+
+def _groups_with(results: Mapping[str, Any], metric: str) -> list[str]:
+    """A group that the metric says nothing of would be an empty place."""
+    return [
+        group
+        for group in group_keys(results)
+        if reference_entry(results, group, metric)
+        or any(metric_value(stage, group, metric) is not None for stage in results["stages"])
+    ]
 
 
 def describe_curves(title: str, records: Records, prefixes: Sequence[str]) -> str:

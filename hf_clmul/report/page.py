@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_clmul.evaluation.audit.record import read_audit
+from hf_clmul.evaluation.audit.verdict import FALLING
 from hf_clmul.report import picture_grid
 from hf_clmul.report.answers import answers
 from hf_clmul.report.audit import AttackTable, attack_tables, general, referenced
@@ -92,12 +93,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Audit:
-    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `earlier`: the
-    run went on after it."""
+    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `count`: of the
+    examples that were asked. `earlier`: the run went on after it."""
 
     attacks: list[tuple[AttackTable, Picture | None]]
     verdict: list[str]
     reference: str
+    count: int | None = None
     earlier: bool = False
 
 
@@ -203,7 +205,10 @@ def _audit(record: Record, folder: Path, earlier: bool) -> Audit:
         if reference
         else f"Each attack on the finished model. There is no reference: {record['reference_missing']}."
     )
-    return Audit(attacks, general(record), told, earlier)
+    if any(metric in FALLING for metric in record["before"]):
+        told += " Still drawn: share of the pictures in which what is to be forgotten is seen; UA is 1 minus it."
+    count = next((entry["run"]["n"] for entry in record["before"].values()), None)
+    return Audit(attacks, general(record), told, count, earlier)
 
 
 def _grids(run: Path, results: Record, folder: Path) -> list[Picture]:

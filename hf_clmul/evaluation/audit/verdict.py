@@ -33,6 +33,7 @@ WORDS = {
 }
 FALLING = ("unlearning_accuracy",)
 """What falls when something comes back. `still_drawn` says the same and rises, so that sentences tell that one."""
+OF_PICTURES = ("still_drawn", "unlearning_accuracy")
 DEPTH = "unlearning_depth"
 BY_LAYER = ("lens_probability", "lens_hits", "lens_reciprocal_rank", "patched_drop")
 """Their points are layers: all are answers to the question, and the last is no later one."""
@@ -129,6 +130,11 @@ def there_before(before: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def asked(before: Mapping[str, Any]) -> str:
+    """What the values measured before all attacks are of: prompts of pictures, or examples."""
+    return "prompts" if any(metric in OF_PICTURES for metric in before) else "examples"
+
+
 def _referenced(before: Mapping[str, Any]) -> bool:
     return any(entry["reference"] is not None for entry in before.values())
 
@@ -193,7 +199,7 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
         values = ", ".join(f"{word(name)} {_number(entry['run'])}" for name, entry in _told(before).items())
         return (
             f"There is no retrained model to compare with ({reference_missing}): how far the run is from never having seen the data "
-            f"is not known. Before any attack it has on the forgotten examples: {values}."
+            f"is not known. Before any attack it has on the forgotten {asked(before)}: {values}."
         )
     parts = [
         f"{word(name)} {_number(entry['gap'])} ({_digits(entry['run']['value'])} against {_digits(entry['reference']['value'])})"
@@ -202,7 +208,7 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
     ]
     if not parts:
         return "The retrained model has no metric in common with the run, so that there is no gap to state."
-    return f"Gap to the retrained model on the forgotten examples before any attack: {', '.join(parts)}."
+    return f"Gap to the retrained model on the forgotten {asked(before)} before any attack: {', '.join(parts)}."
 
 
 def already(before: Mapping[str, Any], referenced: bool, held: bool = True) -> str | None:
@@ -212,7 +218,7 @@ def already(before: Mapping[str, Any], referenced: bool, held: bool = True) -> s
         return None
     if not held:
         where = "above the retrained model" if referenced else "near 1"
-        return f"Before any attack the run lies {where} in {words}, though it was not trained on the examples."
+        return f"Before any attack the run lies {where} in {words}, though it was not trained on the {asked(before)}."
     if referenced:
         return (
             f"Before any attack the run already lies above the retrained model in {words}: that much was not forgotten."
