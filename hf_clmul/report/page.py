@@ -190,7 +190,7 @@ def _audit(record: Record, folder: Path, earlier: bool) -> Audit:
     attacks: list[tuple[AttackTable, Picture | None]] = []
     for attack, table in zip(record["attacks"], attack_tables(record), strict=True):
         drawn = None
-        if table.rows and table.metrics:
+        if audit_figure.worth_drawing(attack):
             drawn = picture_of(
                 lambda theme, attack=attack: audit_figure.attack_figure(attack, theme),
                 folder / f"audit-{_file_name(table.name)}.png",
@@ -281,9 +281,9 @@ def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
 
 def picture_of(draw: Callable[[Any], Any], path: Path, alt: str, caption: str) -> Picture:
     from hf_clmul.paths import atomic_write
-    from hf_clmul.report.figures import DARK, LIGHT, png
+    from hf_clmul.report.figures import pngs
 
-    light, dark = png(draw(LIGHT)), png(draw(DARK))
+    light, dark = pngs(draw)
     atomic_write(path, light)
     return Picture(_data_uri(light), _data_uri(dark), alt, caption)
 
