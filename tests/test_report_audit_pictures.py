@@ -7,6 +7,7 @@ from test_audit_record import attack, entry, record
 from hf_clmul.evaluation.audit.verdict import asked, verdict
 from hf_clmul.report import page as page_module
 from hf_clmul.report.answers import answers
+from hf_clmul.report.audit import referenced
 from hf_clmul.report.audit_figure import attack_figure
 from hf_clmul.report.card_audit import with_audit
 from hf_clmul.report.figures import LIGHT, describe_bars, metric_bars
@@ -48,6 +49,14 @@ def test_the_page_shows_one_of_two_metrics_that_mirror_each_other_and_says_which
     assert '<th scope="col">Still drawn</th>' in text and '<th scope="col">UA</th>' not in text
     assert "UA is 1 minus it." in text and "95 % intervals over the prompts (n = 8)." in text
     assert len(attack_figure(audit["attacks"][0], LIGHT).axes) == 1
+
+
+def test_a_reference_that_only_the_audit_has_was_measured_on_prompts(audit):
+    results = {**fake_pictures(), "reference": None}
+    count = results["stages"][-1]["groups"]["forget"]["examples"]
+    for one in audit["before"]["unlearning_accuracy"].values():
+        one["n"] = count
+    assert referenced(results, audit)["reference"]["source"] == "the audit, which measured gold on the same prompts"
 
 
 def test_a_prompt_does_not_stand_in_the_place_of_itself(audit, tmp_path):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_clmul.evaluation.audit.verdict import FALLING
+from hf_clmul.evaluation.audit.verdict import FALLING, asked
 from hf_clmul.report.tables import DASH, FORGET, format_interval, format_value, has_unlearned, metric_label
 
 Record = Mapping[str, Any]
@@ -86,7 +86,7 @@ def referenced(results: Record, audit: Record | None) -> Record:
     }
     if not found:
         return results
-    source = f"the audit, which measured {audit['reference']['name']} on the same examples"
+    source = f"the audit, which measured {audit['reference']['name']} on the same {asked(audit['before'])}"
     return {**results, "reference": {"groups": {FORGET: found}, "source": source}}
 
 
