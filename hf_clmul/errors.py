@@ -1,4 +1,4 @@
-"""The two errors that reach a user, with a finished message, and the reason of a library's error in one line. They know
+"""The errors that reach a user, with a finished message, and the reason of a library's error in one line. They know
 nothing of how it is shown."""
 
 
@@ -23,3 +23,7 @@ class RecipeError(ClmulError):
 
 class RunError(ClmulError):
     """The run could not go on. What was finished stays on disk and can be resumed."""
+
+
+class NotFinite(RunError):
+    """What a model gives are no numbers: it is destroyed, or its precision is too low. An attack on it ends there, and nothing else."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_run import events
 from test_audit_record import attack, entry
 from test_picture_recipes import JUDGE, RECIPE
@@ -107,6 +108,7 @@ def test_a_run_and_its_reference_meet_all_attacks(runs, made):
     assert (before["run"]["value"], before["gap"]["value"]) == (1.0, 0.0)  # the judge sees cats
     assert record["before"]["unlearning_accuracy"]["run"]["value"] == 0.0
     assert relearned["points"][0]["metrics"] == record["before"]
+    assert (record["scope"], record["held"]) == ([], True)
     assert record["reference"]["name"] == "drawn" and events(root)[-1]["event"] == "audited"
     again = (root / "audit" / "audit.json").read_bytes()
     with patch.object(auditing, "_attacked", lambda *args: pytest.fail("attacked again")):
@@ -124,6 +126,31 @@ def test_a_run_without_pictures_is_attacked_with_what_the_unmodified_model_draws
     shutil.rmtree(root / "audit")
     (blind,) = audit_run(root, ["relearn"], None, QUICK[:2])["attacks"]
     assert "no pictures of cat" in blind["absent"] and blind["points"] == []
+
+
+def test_training_that_diverges_ends_its_attack_alone_and_keeps_what_was_measured(runs):
+    root, options = runs("real"), ["relearn.learning_rate=1e30", "relearn.steps=4", "inversion.learning_rate=1e30"]
+    quantized, relearned, inverted = audit_run(root, ["quantize", "relearn", "inversion"], None, options)["attacks"]
+    assert quantized["stopped"] is None and len(quantized["points"]) == 4
+    for one in (relearned, inverted):
+        assert (
+            one["absent"] is None
+            and "the training diverged, " in one["stopped"]
+            and "the loss is nan" in one["stopped"]
+        )
+        assert f"{one['attack']}: it ended early, {one['stopped'].rstrip('.')}." in read_audit(root)["verdict"]
+        assert one["points"][0]["label"] == "before" and one["points"][0]["metrics"]
+    assert [(point["x"], point["metrics"]) for point in relearned["points"][1:]] == [(1.0, {})]
+    with patch.object(auditing, "_attacked", lambda *args: pytest.fail("attacked again")):
+        audit_run(root, ["quantize", "relearn", "inversion"], None, options)
+
+
+def test_an_untouched_pipeline_whose_pictures_are_no_numbers_ends_the_audit(runs):
+    root = runs("real")
+    vae = next((root / "model" / "vae").glob("*.safetensors"))
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(vae).items()}, vae)
+    with pytest.raises(RunError, match="some sampled images hold values that are no numbers"):
+        audit_run(root, ["quantize"])
 
 
 def test_a_lora_is_merged_into_its_base(runs, made, tmp_path):
@@ -244,7 +271,7 @@ def test_tables_and_console_say_what_is_measured():
         ]
     record = {"name": "n", "reference": None, "before": BEFORE, "attacks": [relearned], "verdict": []}
     (table,) = attack_tables(record)
-    assert (table.title, table.metrics) == ("Relearning what was forgotten", ("UA", "Still drawn"))
+    assert (table.title, table.metrics) == ("Relearning what was forgotten", ("Still drawn",))
     assert table.samples[0] == (
         "a red seven",
         "a red seven",

@@ -126,7 +126,7 @@ def test_what_is_damaged_of_what_was_kept_is_measured_again(tmp_path, place, dam
         part = part[step]
     part |= damage
     file.write_text(json.dumps(found))
-    assert "run" not in read_kept(file)
+    assert read_kept(file) == {"reference": Attacked("l", [], 1.0, None, "why")}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from hf_clmul.hashes import digest
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.report.audit import attack_tables, general, referenced, shown
 from hf_clmul.report.audit_age import of_earlier_model
-from hf_clmul.report.audit_figure import attack_figure, describe_attack, is_curve
+from hf_clmul.report.audit_figure import attack_figure, describe_attack, is_curve, worth_drawing
 from hf_clmul.report.figures import DARK, LIGHT
 from hf_clmul.report.headlines import headline
-from hf_clmul.report.page import Audit, rendered, write_report
+from hf_clmul.report.page import Audit, _audit, rendered, write_report
 
 
 def test_an_estimate_shows_its_interval_and_none_is_a_dash():
@@ -152,6 +152,20 @@ def test_labels_are_drawn_as_dots():
     axes = attack_figure(fake_audit()["attacks"][1], LIGHT).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["unchanged", "int8", "nf4"]
     assert [list(c.lines[0].get_ydata()) for c in axes.containers] == [[0.119, 0.12, 0.2135], [0.11, 0.11, 0.11]]
+
+
+def test_two_points_need_no_figure():
+    attack, _, absent = fake_audit()["attacks"]
+    assert worth_drawing({**attack, "points": attack["points"][:3]})
+    assert not worth_drawing({**attack, "points": attack["points"][:2]}) and not worth_drawing(absent)
+
+
+def test_a_page_shows_the_table_of_two_points_alone(tmp_path):
+    audit = write_fake_audit(tmp_path)
+    audit["attacks"][0]["points"] = audit["attacks"][0]["points"][:2]
+    (table, none), (_, drawn), _ = _audit(audit, tmp_path, False).attacks
+    assert len(table.rows) == 2 and none is None and drawn is not None
+    assert not (tmp_path / "audit-relearn.png").exists()
 
 
 def test_the_words_of_a_figure_tell_its_ends():

@@ -1,9 +1,12 @@
 """The figures, read back from their axes."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 from fake_results import REFERENCE, VALUES, fake_results, learn_log, unlearn_log
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from hf_clmul.report import figures as report_figures
 
@@ -101,3 +104,18 @@ def test_the_trade_off_is_the_path_of_the_two_losses():
     assert list(path.get_xdata()) == [9.0, 5.0, 4.0] and list(path.get_ydata()) == [0.0, 0.2, 0.1]
     assert (first.get_xdata()[0], last.get_xdata()[0]) == (9.0, 4.0)
     assert axes.get_xlabel() == "loss of forget/npo" and axes.get_ylabel() == "loss of retain/kl"
+
+
+def test_a_figure_for_light_and_dark_pages_is_laid_out_once_and_drawn_once_for_each():
+    def draw(theme):
+        return report_figures.metric_bars(fake_results(), "answer_probability", theme)
+
+    plain = tuple(report_figures.png(draw(theme)) for theme in (report_figures.LIGHT, report_figures.DARK))
+    with (
+        patch.object(Figure, "draw", autospec=True, side_effect=Figure.draw) as drawn,
+        patch.object(
+            ConstrainedLayoutEngine, "execute", autospec=True, side_effect=ConstrainedLayoutEngine.execute
+        ) as laid,
+    ):
+        assert report_figures.pngs(draw) == plain
+    assert (drawn.call_count, laid.call_count) == (2, 1)

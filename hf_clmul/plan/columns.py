@@ -15,7 +15,7 @@ from hf_clmul.evaluation.images.paraphrases import paraphrased
 from hf_clmul.evaluation.images.prompts import prompts
 from hf_clmul.evaluation.suites import fixed_sample
 from hf_clmul.hashes import digest
-from hf_clmul.plan.steps import Step
+from hf_clmul.plan.steps import Roles, Step
 from hf_clmul.recipe.problems import one_of
 from hf_clmul.recipe.schema import Learn, Recipe, Unlearn
 from hf_clmul.recipe.streams import BASE
@@ -74,8 +74,8 @@ class Evaluated:
 
 
 def shown(recipe: Recipe, steps: Sequence[Step]) -> Sequence[Step]:
-    """The steps with what is evaluated of their rows: of pictures the prompts, each once. Raises RecipeError for a prompt that is
-    to be forgotten and kept."""
+    """The steps, and their trainings, with what is evaluated of their rows: of pictures the prompts, each once.
+    Raises RecipeError for a prompt that is to be forgotten and kept."""
     if recipe.family != "diffusion":
         return steps
     for step in steps:
@@ -84,7 +84,12 @@ def shown(recipe: Recipe, steps: Sequence[Step]) -> Sequence[Step]:
                 f"request {step.name}: its pictures have no captions, and prompts are what is measured before and after. Give the "
                 "data a column `caption`. A model that takes no prompts can be trained from Python (docs/diffusion.md)."
             )
-    found = [replace(step, roles={role: prompts(rows) for role, rows in step.roles.items()}) for step in steps]
+    found = [
+        replace(
+            step, roles=_prompts(step.roles), jobs=tuple(replace(job, roles=_prompts(job.roles)) for job in step.jobs)
+        )
+        for step in steps
+    ]
     for step in found:
         kept = {row["caption"] for role in ("retain", "memory") for row in step.roles.get(role, ())}
         both = [row["caption"] for row in step.roles.get("forget", ()) if row["caption"] in kept]
@@ -94,6 +99,10 @@ def shown(recipe: Recipe, steps: Sequence[Step]) -> Sequence[Step]:
                 "of one of the two, with `where` or `exclude`, or give other captions."
             )
     return found
+
+
+def _prompts(roles: Roles) -> Roles:
+    return {role: prompts(rows) for role, rows in roles.items()}
 
 
 def evaluated(recipe: Recipe, steps: Sequence[Step], whole: Mapping[str, list[Example]]) -> Evaluated:

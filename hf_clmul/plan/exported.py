@@ -47,14 +47,27 @@ def trained_on(steps: Sequence[Step]) -> dict[str, set[str]]:
 
 
 def in_model(recipe: Recipe, steps: Sequence[Step], rows: Sequence[Example]) -> list[Example]:
-    """Those of the rows that what is in `model/` was trained on, or that its base is asked to unlearn."""
+    """Those of the rows that what is in `model/` was trained on, or that its base is asked to unlearn. Rows that no request has ask
+    what a base still knows of which others were unlearned."""
     parts = (WHOLE,) if recipe.adapter is None else exported(recipe, steps)
     met = trained_on(steps)
     there = set().union(*(met.get(part, set()) for part in parts))
     for step in steps:
         if isinstance(step.request, Unlearn) and step.request.from_task == BASE:
             there |= {content(row) for row in step.roles["forget"]}
+    if unlearns_from_base(steps):
+        there |= set(map(content, unasked(steps, rows)))
     return [row for row in rows if content(row) in there]
+
+
+def unlearns_from_base(steps: Sequence[Step]) -> bool:
+    return any(isinstance(step.request, Unlearn) and step.request.from_task == BASE for step in steps)
+
+
+def unasked(steps: Sequence[Step], rows: Sequence[Example]) -> list[Example]:
+    """Those of the rows that no request has in any role: `evaluation.forget` alone names them."""
+    asked = {content(row) for step in steps for of_role in step.roles.values() for row in of_role}
+    return [row for row in rows if content(row) not in asked]
 
 
 def why_not(steps: Sequence[Step], rows: Sequence[Example]) -> list[str]:
@@ -71,6 +84,8 @@ def why_not(steps: Sequence[Step], rows: Sequence[Example]) -> list[str]:
             reason = f"they were learned in {named}, which the model does not have and which is not attacked"
         elif not by:
             reason = "no request learned or unlearned them"
+            if forgets:
+                reason += ", and none was to unlearn what the base model may know of them"
         elif by[-1].how in EXACT:
             reason = f"{by[-1].what} is {by[-1].how}"
         else:

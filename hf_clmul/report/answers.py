@@ -8,6 +8,7 @@ from typing import Any
 from hf_clmul.evaluation.audit.verdict import (
     FALLING,
     already,
+    asked,
     came_back,
     points_after,
     rose_unmatched,
@@ -73,10 +74,10 @@ def _distance(results: Record, audit: Record | None) -> Answer:
         held = audit.get("held", True)
         sides = {metric: side(entry) for metric, entry in beside.items()}
         apart = sum(where in ("above", "below") for where in sides.values())
-        said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if apart == 1 else 'differ'}"
+        said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if 1 in (apart, len(beside)) else 'differ'}"
         told = (
-            f"Of the forgotten examples, beside the retrained model ({audit['reference']['name']}), before any attack. Above: the run "
-            "shows more of them than a model that never saw them; below: less than such a model shows."
+            f"Of the forgotten {asked(audit['before'])}, beside the retrained model ({audit['reference']['name']}), before any attack. "
+            "Above: the run shows more of them than a model that never saw them; below: less than such a model shows."
         )
         told = " ".join(filter(None, (exact, *([] if held else audit.get("scope", ())), told)))
         lines = tuple(_beside(metric, beside[metric], sides[metric], held) for metric in beside)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_clmul.evaluation.audit.verdict import FALLING, asked
 from hf_clmul.report.tables import DASH, FORGET, format_interval, format_value, has_unlearned, metric_label
 
 Record = Mapping[str, Any]
@@ -85,7 +86,7 @@ def referenced(results: Record, audit: Record | None) -> Record:
     }
     if not found:
         return results
-    source = f"the audit, which measured {audit['reference']['name']} on the same examples"
+    source = f"the audit, which measured {audit['reference']['name']} on the same {asked(audit['before'])}"
     return {**results, "reference": {"groups": {FORGET: found}, "source": source}}
 
 
@@ -94,8 +95,9 @@ def attack_title(name: str) -> str:
 
 
 def metrics_of(attack: Record) -> list[str]:
-    """Of its points, in the record's order."""
-    return list(dict.fromkeys(metric for point in attack["points"] for metric in point["metrics"]))
+    """Of its points, in the record's order; one that only mirrors another is left out."""
+    found = list(dict.fromkeys(metric for point in attack["points"] for metric in point["metrics"]))
+    return [metric for metric in found if metric not in FALLING] or found
 
 
 def attack_tables(audit: Record) -> list[AttackTable]:

@@ -50,6 +50,11 @@ def attack_figure(attack: Mapping[str, Any], theme: Theme) -> Figure:
     return figure
 
 
+def worth_drawing(attack: Mapping[str, Any]) -> bool:
+    """Two points are read faster in the table."""
+    return len([point for point in attack["points"] if point["metrics"]]) > 2
+
+
 def is_curve(attack: Mapping[str, Any]) -> bool:
     """Whether the points lie on a scale, such as steps of training; one that sums them up need not."""
     placed = [point for point in attack["points"] if point["x"] is not None]

@@ -5,8 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hf_clmul.evaluation.audit.attacks import ATTACKS
-from hf_clmul.evaluation.audit.verdict import verdict
+from hf_clmul.evaluation.audit.attacks import ATTACKS, PICTURE_ATTACKS
+from hf_clmul.evaluation.audit.protocol import AttackEntry
+from hf_clmul.evaluation.audit.verdict import asked, verdict
 from hf_clmul.report.markdown import as_text, linked
 
 TITLE, NEXT = "## Does it come back?", "## Limits"
@@ -23,7 +24,9 @@ def with_audit(card: str, record: Mapping[str, Any]) -> str:
 def _section(record: Mapping[str, Any]) -> str:
     tried = [attack for attack in record["attacks"] if attack["absent"] is None]
     beside = record["reference"] is not None and f"beside the reference {record['reference']['name']}"
-    names = ", ".join(f"{as_text(attack['attack'])}{_paper(attack['attack'])}" for attack in tried)
+    called = asked(record["before"])
+    known = PICTURE_ATTACKS if called == "prompts" else ATTACKS
+    names = ", ".join(as_text(attack["attack"]) + _paper(known.get(attack["attack"])) for attack in tried)
     said = verdict(
         record["before"], tried, record["reference_missing"], record.get("scope", ()), record.get("held", True)
     )
@@ -31,7 +34,7 @@ def _section(record: Mapping[str, Any]) -> str:
         TITLE,
         "",
         f"The finished model was attacked, {as_text(beside or 'without a reference')}: {names or 'no attack could be tried'}.",
-        "In brackets: 95 % intervals over the examples.",
+        f"In brackets: 95 % intervals over the {called}.",
         "",
         *(f"- {as_text(_FOLDERS.sub('', sentence))}" for sentence in said),
         "",
@@ -39,6 +42,6 @@ def _section(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _paper(name: str) -> str:
-    paper = ATTACKS[name].paper if name in ATTACKS else "-"
+def _paper(attack: AttackEntry | None) -> str:
+    paper = "-" if attack is None else attack.paper
     return "" if paper == "-" else f" ({linked(paper)})"

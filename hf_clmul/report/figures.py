@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -80,7 +81,7 @@ DARK = Theme(
 
 def metric_bars(results: Mapping[str, Any], metric: str, theme: Theme) -> Figure:
     """Bars of one metric: in each group the stages, from pale to full colour, and then the reference."""
-    stages, groups = results["stages"], group_keys(results)
+    stages, groups = results["stages"], _groups_with(results, metric)
     entries = {group: reference_entry(results, group, metric) for group in groups}
     referenced = any(entries.values())
     bars = len(stages) + referenced
@@ -108,7 +109,7 @@ def metric_bars(results: Mapping[str, Any], metric: str, theme: Theme) -> Figure
         axes.set_ylim(0, 1.13)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axes.set_title(metric_label(metric), loc="left", fontsize=10, fontweight="bold", color=theme.ink, pad=8)
+    panel_title(axes, metric_label(metric), theme, pad=8, size=10)
     keys = [
         Patch(color=_tint(theme.muted, theme, i, len(stages)), label=short(stage["title"]))
         for i, stage in enumerate(stages)
@@ -238,22 +239,46 @@ def drawable(records: Records, curves: Curves) -> bool:
     return all(_names(records, prefix) for prefix in needed)
 
 
+def pngs(draw: Callable[[Theme], Figure]) -> tuple[bytes, bytes]:
+    """A figure for light and for dark pages. Where its panels lie, half of the work, is the same on both and found once."""
+    light, dark = draw(LIGHT), draw(DARK)
+    first = png(light)
+    dark.set_layout_engine("none")
+    for panel, placed in zip(dark.axes, light.axes, strict=True):
+        panel.set_position(placed.get_position())
+    return first, png(dark)
+
+
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """The figure as a PNG file, drawn once: savefig draws it all before, for the layout."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if not axis.label.get_text():
+            axis.set_label_coords(0, 0)  # else a place is looked for, among all tick labels, at each pass
+    figure.set_dpi(_DPI)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
+    FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
 def describe_bars(results: Mapping[str, Any], metric: str) -> str:
     """The figure's numbers in words, for those who do not see it."""
     parts = []
-    for group in group_keys(results):
+    for group in _groups_with(results, metric):
         values = [f"{format_value(metric_value(s, group, metric))} {s['title']}" for s in results["stages"]]
         entry = reference_entry(results, group, metric)
         values += [] if entry is None else [f"reference {format_value(entry['mean'])}"]
         parts.append(f"{group_title(group)}: {', '.join(values)}")
     return f"{metric_label(metric)}, bars. {'; '.join(parts)}."
+
+
+def _groups_with(results: Mapping[str, Any], metric: str) -> list[str]:
+    """A group that the metric says nothing of would be an empty place."""
+    return [
+        group
+        for group in group_keys(results)
+        if reference_entry(results, group, metric)
+        or any(metric_value(stage, group, metric) is not None for stage in results["stages"])
+    ]
 
 
 def describe_curves(title: str, records: Records, prefixes: Sequence[str]) -> str:
@@ -288,8 +313,9 @@ def _panels(theme: Theme, rows: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def panel_title(axes: Axes, text: str, theme: Theme, pad: float = 6) -> None:
-    axes.set_title(text, loc="left", fontsize=9, fontweight="bold", color=theme.ink, pad=pad)
+def panel_title(axes: Axes, text: str, theme: Theme, pad: float = 6, size: float = 9) -> None:
+    """With a `y`, as no ticks lie above: else it is looked for at each pass."""
+    axes.set_title(text, loc="left", y=1.0, fontsize=size, fontweight="bold", color=theme.ink, pad=pad)
 
 
 def _bar(

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_clmul.errors import RunError
 from hf_clmul.evaluation.audit.record import read_audit
+from hf_clmul.evaluation.audit.verdict import FALLING
 from hf_clmul.report import picture_grid
 from hf_clmul.report.answers import answers
 from hf_clmul.report.audit import AttackTable, attack_tables, general, referenced
@@ -93,12 +94,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Audit:
-    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `earlier`: the
-    run went on after it."""
+    """What attacks brought back: a table and a picture each, and what the verdict says of no single one. `count`: of the
+    examples that were asked. `earlier`: the run went on after it."""
 
     attacks: list[tuple[AttackTable, Picture | None]]
     verdict: list[str]
     reference: str
+    count: int | None = None
     earlier: bool = False
 
 
@@ -191,7 +193,7 @@ def _audit(record: Record, folder: Path, earlier: bool) -> Audit:
     attacks: list[tuple[AttackTable, Picture | None]] = []
     for attack, table in zip(record["attacks"], attack_tables(record), strict=True):
         drawn = None
-        if table.rows and table.metrics:
+        if audit_figure.worth_drawing(attack):
             drawn = picture_of(
                 lambda theme, attack=attack: audit_figure.attack_figure(attack, theme),
                 folder / f"audit-{_file_name(table.name)}.png",
@@ -206,7 +208,10 @@ def _audit(record: Record, folder: Path, earlier: bool) -> Audit:
         if reference
         else f"Each attack on the finished model. There is no reference: {record['reference_missing']}."
     )
-    return Audit(attacks, general(record), told, earlier)
+    if any(metric in FALLING for metric in record["before"]):
+        told += " Still drawn: share of the pictures in which what is to be forgotten is seen; UA is 1 minus it."
+    count = next((entry["run"]["n"] for entry in record["before"].values()), None)
+    return Audit(attacks, general(record), told, count, earlier)
 
 
 def _grids(run: Path, results: Record, folder: Path) -> list[Picture]:
@@ -279,9 +284,9 @@ def _training(run: Path, stage: Record, folder: Path, drawn: bool) -> Training:
 
 def picture_of(draw: Callable[[Any], Any], path: Path, alt: str, caption: str) -> Picture:
     from hf_clmul.paths import atomic_write
-    from hf_clmul.report.figures import DARK, LIGHT, png
+    from hf_clmul.report.figures import pngs
 
-    light, dark = png(draw(LIGHT)), png(draw(DARK))
+    light, dark = pngs(draw)
     atomic_write(path, light)
     return Picture(_data_uri(light), _data_uri(dark), alt, caption)
 

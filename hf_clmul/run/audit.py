@@ -27,7 +27,7 @@ from hf_clmul.evaluation.audit.kept import (
     write_kept,
 )
 from hf_clmul.evaluation.audit.merging import compared, merged
-from hf_clmul.evaluation.audit.protocol import Absent, Point, Stopped, Subject
+from hf_clmul.evaluation.audit.protocol import BEFORE, Absent, Point, Stopped, Subject
 from hf_clmul.evaluation.audit.record import FILE, SCHEMA, checked, model_sha256, read_audit
 from hf_clmul.evaluation.audit.verdict import verdict
 from hf_clmul.hashes import digest, file_hash, file_hashes
@@ -47,7 +47,6 @@ from hf_clmul.run.reference import NoReference, found_reference, reference_recip
 from hf_clmul.run.results import hardware, peak_memory, versions
 from hf_clmul.run.results_schema import read_record
 
-BEFORE = "before"
 MODEL_FILES = ("config.json", "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors")
 """One of them is in the folder of any model."""
 SECTION = ("attacks", "after_run")

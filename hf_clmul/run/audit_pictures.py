@@ -1,7 +1,7 @@
 """What an audit of a diffusion run works with: its forgotten prompts, pictures of them, the judge, and how an exported pipeline is
 opened, a LoRA over its base. Knows recipes and files; nothing of attacks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from hf_clmul.evaluation.suites import fixed_sample
 from hf_clmul.plan.columns import Evaluated, evaluated, groups, shown
 from hf_clmul.plan.steps import Step
 from hf_clmul.recipe.schema import Recipe
+from hf_clmul.run.audit_families import Prepared
+from hf_clmul.run.audit_scope import scope_of
 
 Row = Mapping[str, Any]
 DRAWN = ", which the unmodified model drew: the run has none of its own"
 BY_PICTURES = ("relearn", "inversion")
 
 
-def pictures_of(recipe: Recipe, steps: Sequence[Step], device: Any) -> tuple[AuditData, Callable, dict, dict[str, str]]:
-    """Data, how a model is opened, what its figures depend on, and {attack: what is to be said of it}. Raises RunError where nothing
-    was to be forgotten, or nothing can see whether it was."""
+def pictures_of(recipe: Recipe, steps: Sequence[Step], device: Any) -> Prepared:
+    """Raises RunError where nothing was to be forgotten, or nothing can see whether it was."""
     images, axis = recipe.evaluation.images, recipe.evaluation.images.axis
     if images.classifier is None or axis is None:
         raise RunError(
@@ -39,6 +40,8 @@ def pictures_of(recipe: Recipe, steps: Sequence[Step], device: Any) -> tuple[Aud
             f"the run forgets no prompt with a value in the column {axis!r}, so that there is nothing to bring back: no unlearn "
             "request, no evaluation.forget, or an evaluation.images.axis of something else."
         )
+    scope = scope_of(recipe, as_asked, forget, "prompts")
+    forget = scope.rows
     data, real = AuditData(forget), _real(steps, forget, axis)
     concepts = {row[axis] for row in forget}
     own = real.keys() >= concepts
@@ -49,7 +52,8 @@ def pictures_of(recipe: Recipe, steps: Sequence[Step], device: Any) -> tuple[Aud
         "paraphrases": _paraphrases(recipe, found), "begin_as": images.near,
     }  # fmt: skip
     opening = _Opening(recipe, data, real if own else None, found, device)
-    return data, opening.open, about, {} if own else dict.fromkeys(BY_PICTURES, DRAWN)
+    notes = {} if own else dict.fromkeys(BY_PICTURES, DRAWN)
+    return Prepared(data, opening.open, about, notes, scope.said, scope.held)
 
 
 class _Opening:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from hf_clmul.evaluation.audit.protocol import SAMPLE, Point
 from hf_clmul.paths import atomic_write, cache_folder
@@ -33,16 +33,27 @@ class Attacked:
     stopped: str | None = None
 
 
-_KEPT = TypeAdapter(dict[str, Attacked])
+_KEPT, _ONE = TypeAdapter(dict[str, JsonValue]), TypeAdapter(Attacked)
 
 
 def read_kept(file: Path) -> dict[str, Attacked]:
-    """{side: what was measured} of a file, without what is damaged there: that is measured again then."""
+    """{side: what was measured} of a file, without a side that is damaged: that one is measured again then. Of a file that is no JSON
+    none is left, as one JSON object holds both."""
     try:
         found = _KEPT.validate_json(file.read_bytes(), strict=True)
     except (OSError, ValueError):
         return {}
-    return {side: one for side, one in found.items() if _is_whole(one)}
+    sides = {side: _read(given) for side, given in found.items()}
+    return {side: one for side, one in sides.items() if one is not None}
+
+
+def _read(given: JsonValue) -> Attacked | None:
+    """One side; None where it is damaged."""
+    try:
+        one = _ONE.validate_json(json.dumps(given), strict=True)
+    except ValidationError:
+        return None
+    return one if _is_whole(one) else None
 
 
 def write_kept(file: Path, sides: Mapping[str, Attacked]) -> None:

@@ -2,11 +2,13 @@
 pictures are made and judged is the subject's business."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Len
 
-from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point
+from hf_clmul.errors import NotFinite
+from hf_clmul.evaluation.audit.protocol import BEFORE, Absent, AuditData, Point, Stopped
 from hf_clmul.evaluation.audit.quantization import BLOCK, Scheme, roundings
 from hf_clmul.evaluation.audit.relearning import measured_at
 
@@ -53,18 +55,22 @@ def relearn(
     network, pipeline = subject.network, subject.pipeline
     rows = [row for name in subject.concepts() for row in subject.pictures(name, pictures, seed)]
     wanted = measured_at(steps, steps, points)
-    found = [subject.measure("before", 0.0)]
+    found: list[Point] = []
 
     def watch(step: int, denoiser: "nn.Module") -> None:
         if step in wanted:
             with exchanged(pipeline, **{network.architecture.component: denoiser}):
                 found.append(subject.measure(f"{step} step{'s' * (step != 1)}", float(step)))
 
-    relearned(
-        pipeline, network.architecture, network.noising, network.images(rows), [row["caption"] for row in rows],
-        Descent(steps, learning_rate, batch_size, seed), watch=watch,
-    )  # fmt: skip
-    yield from found
+    yield subject.measure(BEFORE, 0.0)
+    try:
+        with descending():
+            relearned(
+                pipeline, network.architecture, network.noising, network.images(rows), [row["caption"] for row in rows],
+                Descent(steps, learning_rate, batch_size, seed), watch=watch,
+            )  # fmt: skip
+    finally:
+        yield from found
 
 
 def paraphrase(subject: "PictureSubject", data: AuditData, seed: int) -> Iterator[Point]:
@@ -86,7 +92,7 @@ def paraphrase(subject: "PictureSubject", data: AuditData, seed: int) -> Iterato
             "no other prompts are known: give them in `evaluation.images.paraphrases`; the pipeline reads no words, or not those "
             "of the built-in wordings"
         )
-    yield subject.measure("before")
+    yield subject.measure(BEFORE)
     point = subject.measure("other words", forget=given)
     yield point
     yield worst(point, [row[axis] for row in given])
@@ -114,16 +120,26 @@ def inversion(
     asked = {name: [row for row in data.forget if row[subject.axis] == name] for name in subject.concepts()}
     rows = {name: subject.pictures(name, pictures, seed) for name in asked}
     words = {name: word_of(name, [*asked[name], *rows[name]]) for name in asked}
-    yield subject.measure("before")
+    yield subject.measure(BEFORE)
     network, how, parts = subject.network, Descent(steps, learning_rate, batch_size, seed), []
     for name, word in words.items():
         texts = [row["caption"] for row in disguised(rows[name], word)]
-        done = invert(
-            subject.pipeline, network.architecture, network.noising, network.images(rows[name]), texts, how, begun
-        )
+        with descending():
+            done = invert(
+                subject.pipeline, network.architecture, network.noising, network.images(rows[name]), texts, how, begun
+            )
         with done.applied(subject.pipeline):
             parts.append(subject.measure("a new word", forget=disguised(asked[name], word)))
     yield joined(parts)
+
+
+@contextmanager
+def descending() -> Iterator[None]:
+    """Raises Stopped in the place of NotFinite: a loss that is no number ends this attack, and not the audit."""
+    try:
+        yield
+    except NotFinite as error:
+        raise Stopped(f"the training diverged, {error}") from error
 
 
 def rounded_layers(networks: "Mapping[str, nn.Module]") -> "dict[str, nn.Module]":
@@ -169,6 +185,7 @@ def worst(point: Point, names: Sequence[str]) -> Point:
 
 
 def joined(points: Sequence[Point]) -> Point:
-    """One point of several concepts', each with prompts of its own."""
-    values = {name: [value for point in points for value in point.values[name]] for name in points[0].values}
+    """One point of several concepts', each with prompts of its own; without values where one of them has none."""
+    names = points[0].values if all(point.values for point in points) else ()
+    values = {name: [value for point in points for value in point.values[name]] for name in names}
     return Point(points[0].label, values, samples=[sample for point in points for sample in point.samples])

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn, stack
 
-from hf_clmul.evaluation.audit.protocol import AuditData, Example, Point
+from hf_clmul.errors import NotFinite
+from hf_clmul.evaluation.audit.protocol import BEFORE, AuditData, Example, Point
 from hf_clmul.evaluation.images.concepts import Classifier, Sampling, see
 from hf_clmul.evaluation.images.denoising import Architecture, Noising
 from hf_clmul.evaluation.images.prompts import told
@@ -78,9 +79,17 @@ class PictureSubject:
     def measure(self, label: str, x: float | None = None, forget: Sequence[Example] | None = None) -> Point:
         """`unlearning_accuracy` of each prompt, the share of its pictures in which what is to be forgotten is not seen, and
         `still_drawn`, the share in which it is. With `forget`, of these prompts. In a sample the "answer" is the own prompt
-        that another one stands for, or else the concept."""
+        that another one stands for, or else the concept.
+
+        A model that an attack destroyed gives a point without values. Raises NotFinite of the untouched one: its precision is
+        too low for any attack."""
         prompts, own = self.data.forget if forget is None else forget, {row["id"] for row in self.data.forget}
-        seen = see(self.pipeline, self._conditioned(prompts), self.classifier, self.sampling, label).samples
+        try:
+            seen = see(self.pipeline, self._conditioned(prompts), self.classifier, self.sampling, label).samples
+        except NotFinite:
+            if label == BEFORE:
+                raise
+            return Point(label, {}, x)
         each, values, samples = len(self.sampling.seeds), {"unlearning_accuracy": [], "still_drawn": []}, []
         for i, prompt in enumerate(prompts):
             predicted = [one["predicted"] for one in seen[i * each : (i + 1) * each]]

@@ -10,6 +10,8 @@ Row = Mapping[str, Any]
 
 GROUPS = ("forget", "retain", "held_out", "unrelated")
 SAMPLE = ("question", "answer", "generated")
+BEFORE = "before"
+"""The label of the untouched model."""
 
 
 @dataclass(frozen=True)

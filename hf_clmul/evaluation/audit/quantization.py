@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Len
 
-from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Point, Subject
+from hf_clmul.evaluation.audit.protocol import BEFORE, Absent, AuditData, Point, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,7 +54,7 @@ def roundings(
     the end."""
     import torch
 
-    yield subject.measure("before")
+    yield subject.measure(BEFORE)
     kept = {name: module.weight.detach().to("cpu", copy=True) for name, module in layers.items()}
     for scheme in schemes:
         with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt
 
-from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Example, Point, Subject
+from hf_clmul.evaluation.audit.protocol import BEFORE, Absent, AuditData, Example, Point, Subject
 
 Count = Annotated[int, Ge(1)]
 Rate = Annotated[float, Gt(0)]
@@ -92,7 +92,7 @@ def _curve(
     epoch = -(-len(examples) // batch_size)
     last = epochs * epoch if steps is None else steps
     wanted = measured_at(last, epoch, points)
-    yield subject.measure("before", 0.0)
+    yield subject.measure(BEFORE, 0.0)
     training = subject.fine_tune(examples, seed, steps=last, learning_rate=learning_rate, batch_size=batch_size)
     for step in training:
         if step in wanted:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Lt
 
-from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Example, Point, Subject
+from hf_clmul.evaluation.audit.protocol import BEFORE, Absent, AuditData, Example, Point, Subject
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +26,7 @@ def remove_adapter(subject: Subject, data: AuditData, seed: int) -> Iterator[Poi
         raise Absent(
             "the model has no adapter that unlearned and could be switched off: the run is no filter, or its adapter was merged"
         )
-    yield subject.measure("before")
+    yield subject.measure(BEFORE)
     with subject.model.disable_adapter():
         yield subject.measure("adapter off")
 
@@ -62,7 +62,7 @@ def remove_direction(
     writers = _writers(model)
     if not writers:
         raise Absent(f"which modules of {type(model).__name__} write to the residual stream is not known")
-    yield subject.measure("before")
+    yield subject.measure(BEFORE)
     sides = [_states(subject, side, depth) for side in (forget, retain)]
     difference = sides[0].mean(0) - sides[1].mean(0)
     size = float(difference.norm())

@@ -4,6 +4,8 @@ are apart; it never says that something is gone. It knows metrics by name, and n
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hf_clmul.evaluation.audit.protocol import BEFORE
+
 Record = Mapping[str, Any]
 WORDS = {
     "answer_probability": "answer probability",
@@ -31,6 +33,7 @@ WORDS = {
 }
 FALLING = ("unlearning_accuracy",)
 """What falls when something comes back. `still_drawn` says the same and rises, so that sentences tell that one."""
+OF_PICTURES = ("still_drawn", "unlearning_accuracy")
 DEPTH = "unlearning_depth"
 BY_LAYER = ("lens_probability", "lens_hits", "lens_reciprocal_rank", "patched_drop")
 """Their points are layers: all are answers to the question, and the last is no later one."""
@@ -127,6 +130,11 @@ def there_before(before: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def asked(before: Mapping[str, Any]) -> str:
+    """What the values measured before all attacks are of: prompts of pictures, or examples."""
+    return "prompts" if any(metric in OF_PICTURES for metric in before) else "examples"
+
+
 def _referenced(before: Mapping[str, Any]) -> bool:
     return any(entry["reference"] is not None for entry in before.values())
 
@@ -182,7 +190,7 @@ def _over(entry: Record) -> float:
 
 def start_of(attack: Record, before: Mapping[str, Any]) -> Mapping[str, Any]:
     """What an attack starts from: its own first point, which may be of fewer examples, else what was measured before all."""
-    first = next((point for point in attack["points"] if point["label"] == "before"), None)
+    first = next((point for point in attack["points"] if point["label"] == BEFORE), None)
     return before if first is None else first["metrics"]
 
 
@@ -191,7 +199,7 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
         values = ", ".join(f"{word(name)} {_number(entry['run'])}" for name, entry in _told(before).items())
         return (
             f"There is no retrained model to compare with ({reference_missing}): how far the run is from never having seen the data "
-            f"is not known. Before any attack it has on the forgotten examples: {values}."
+            f"is not known. Before any attack it has on the forgotten {asked(before)}: {values}."
         )
     parts = [
         f"{word(name)} {_number(entry['gap'])} ({_digits(entry['run']['value'])} against {_digits(entry['reference']['value'])})"
@@ -200,7 +208,7 @@ def _before(before: Mapping[str, Any], reference_missing: str | None) -> str:
     ]
     if not parts:
         return "The retrained model has no metric in common with the run, so that there is no gap to state."
-    return f"Gap to the retrained model on the forgotten examples before any attack: {', '.join(parts)}."
+    return f"Gap to the retrained model on the forgotten {asked(before)} before any attack: {', '.join(parts)}."
 
 
 def already(before: Mapping[str, Any], referenced: bool, held: bool = True) -> str | None:
@@ -210,7 +218,7 @@ def already(before: Mapping[str, Any], referenced: bool, held: bool = True) -> s
         return None
     if not held:
         where = "above the retrained model" if referenced else "near 1"
-        return f"Before any attack the run lies {where} in {words}, though it was not trained on the examples."
+        return f"Before any attack the run lies {where} in {words}, though it was not trained on the {asked(before)}."
     if referenced:
         return (
             f"Before any attack the run already lies above the retrained model in {words}: that much was not forgotten."
@@ -264,7 +272,7 @@ def _found(attack: Record, before: Mapping[str, Any], after: Sequence[Record], h
 
 def points_after(attack: Record) -> list[Record]:
     """The points behind the first that say anything: of a model that an attack destroyed there are no numbers."""
-    return [point for point in attack["points"] if point["label"] != "before" and point["metrics"]]
+    return [point for point in attack["points"] if point["label"] != BEFORE and point["metrics"]]
 
 
 def _told(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_clmul.errors import RunError
+from hf_clmul.errors import NotFinite, RunError
 from hf_clmul.evaluation.images.borrowed import is_main
 
 Conditioning = dict[str, Tensor]
@@ -103,10 +103,10 @@ def mean_loss(loss_of: Callable[[Draws], Tensor], draws: Draws, batch_size: int)
 
 
 def finite(loss: Tensor | float, attack: str, step: int) -> float:
-    """The loss as a number. Raises RunError where it is none."""
+    """The loss after so many steps as a number. Raises NotFinite where it is none."""
     value = float(torch.as_tensor(loss).detach())
     if not math.isfinite(value):
-        raise RunError(f"{attack}: the loss is {value} at step {step}. Choose a smaller learning rate or float32.")
+        raise NotFinite(f"{attack}: the loss is {value} after step {step}. Choose a smaller learning rate or float32.")
     return value
 
 
@@ -131,7 +131,7 @@ def descend(
     """Adam without weight decay, in place, on what an attack trains. `loss_of` gives the losses [B] of draws; `after_step` is told
     the number of steps done.
 
-    Raises RunError where no gradient reaches what is trained, and for a loss that is no number.
+    Raises RunError where no gradient reaches what is trained, and NotFinite for a loss that is no number.
     """
     fixed, optimizer, found = probe(generator, clean), torch.optim.Adam(trained, lr=how.learning_rate), []
     with torch.enable_grad():

@@ -76,7 +76,7 @@ def invert(
     weights, gradients, flags and modes are as they were when this returns or fails.
 
     Raises RunError for a pipeline without text encoders, for prompts that lose PLACEHOLDER (too long) or images without
-    prompts, for an encoding of prompts that no gradient passes, and for a loss that is no number.
+    prompts, and for an encoding of prompts that no gradient passes; NotFinite for a loss that is no number.
     """
     one_prompt_each(pixels, prompts)
     started = time.perf_counter()

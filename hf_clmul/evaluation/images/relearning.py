@@ -63,7 +63,7 @@ def relearn(
     default, whatever was trained to unlearn. Adam without weight decay, no dropout. `watch` is shown the copy after each step,
     with the number of steps done.
 
-    Raises RunError if no parameter is meant, for images without prompts and for a loss that is no number.
+    Raises RunError if no parameter is meant and for images without prompts, NotFinite for a loss that is no number.
     """
     one_prompt_each(pixels, prompts)
     started = time.perf_counter()

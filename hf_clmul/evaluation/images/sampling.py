@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_clmul.errors import RunError
+from hf_clmul.errors import NotFinite, RunError
 from hf_clmul.evaluation.images.borrowed import evaluating, exchanged, is_main, modules_of
 
 
@@ -35,8 +35,8 @@ def sample(
     pipeline's own guidance_scale and is ignored where it has none. `height` and `width` in pixels; None is the model's
     own size. A safety checker is left out: it would hide what is to be measured.
 
-    Raises RunError where there is nothing to sample, where the pipeline has no place for what was given, where noise
-    comes from elsewhere than the images' generators, and for images with values that are no numbers.
+    Raises RunError where there is nothing to sample, where the pipeline has no place for what was given and where noise
+    comes from elsewhere than the images' generators; NotFinite for images with values that are no numbers.
     """
     if not prompts or not seeds:
         raise RunError(f"nothing to sample: {len(prompts)} prompts, {len(seeds)} seeds")
@@ -72,7 +72,7 @@ def draw(
     with exchanged(pipeline, **parts), evaluating(modules_of(pipeline)), torch.no_grad():
         images = _batch(pipeline, takes, jobs, shared)
     if not images.isfinite().all():
-        raise RunError(
+        raise NotFinite(
             "some sampled images hold values that are no numbers. A VAE in float16 often does this: load the "
             "pipeline in float32 or bfloat16."
         )
