@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hf_clmul.console_audit import audit_table
 from hf_clmul.evaluation.stream import TASK
 from hf_clmul.report.answers import answers
+from hf_clmul.report.audit import referenced
 from hf_clmul.report.headlines import headline
 from hf_clmul.report.stream import (
     FORGOTTEN,
@@ -57,7 +58,7 @@ def print_results(
     from rich.console import Console
 
     console = console or Console()
-    tables = [samples_table(results), results_table(results, console.width)]
+    tables = [samples_table(results), results_table(referenced(results, audit), console.width)]
     tables += [r_table(results)] if _is_stream(results) else []
     tables += [audit_table(audit)] if audit is not None else []
     for table in tables:

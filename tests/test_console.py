@@ -98,6 +98,10 @@ def test_a_run_ends_with_the_two_answers():
         assert text.index("How far from a model that never saw the data? ") < text.index(said)
         assert ("quickstart: does it come back?" in text) == (audit is not None)
     results = fake_results()
+    results["reference"] = None
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_results(results, console, fake_audit())
+    assert "Source: the audit, which measured quickstart-retrained" in console.export_text()
     results["stages"] = results["stages"][:2]
     console = Console(width=80, record=True, file=io.StringIO())
     print_results(results, console)
