@@ -244,7 +244,7 @@ def test_the_same_audit_gives_the_same_numbers(run):
 def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
     with pytest.raises(RunError, match=r"no run folder: there is no results\.json"):
         audit_run(tmp_path / "nowhere")
-    with pytest.raises(RunError, match=r"neither config\.json nor adapter_config\.json"):
+    with pytest.raises(RunError, match=r"neither a run \(results\.json\) nor a model \(config\.json, adapter_config\.json"):
         (tmp_path / "empty").mkdir()
         audit_run(run, ["quantize"], tmp_path / "empty")
     shutil.move(run / "ledger.jsonl", tmp_path / "ledger.jsonl")
