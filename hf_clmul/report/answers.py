@@ -75,8 +75,9 @@ def _distance(results: Record, audit: Record | None) -> Answer:
         apart = sum(where in ("above", "below") for where in sides.values())
         said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if apart == 1 else 'differ'}"
         told = (
-            f"Of the forgotten examples, beside the retrained model ({audit['reference']['name']}), before any attack. Above: the run "
-            "shows more of them than a model that never saw them; below: less than such a model shows."
+            f"Of the forgotten examples, beside the retrained model ({audit['reference']['name']}), before any attack. The "
+            "intervals are over examples: another training run is not in them. Above: the run shows more of them than a model that "
+            "never saw them; below: less than such a model shows."
         )
         told = " ".join(filter(None, (exact, *([] if held else audit.get("scope", ())), told)))
         lines = tuple(_beside(metric, beside[metric], sides[metric], held) for metric in beside)
