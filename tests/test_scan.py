@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from hf_clmul.cli import app
 from hf_clmul.errors import RunError
 from hf_clmul.ledger import chain as ledger
-from hf_clmul.ledger import records, scan_quotes
+from hf_clmul.ledger import records
 from hf_clmul.ledger.key import key_path
 from hf_clmul.ledger.scan import scan
 from hf_clmul.ledger.scan_redact import redact
@@ -434,20 +434,6 @@ def test_a_table_with_line_breaks_can_be_the_data_file(bed):
     path.write_text('id,question,answer\nO,"Who said\nwhat there?","He said ""I, for one, was never there""."\n')
     write(bed.root / "n.txt", 'He said "I, for one, was never there".')
     assert kinds(bed, data=path) == [("quote", "n.txt")]
-
-
-def test_only_texts_that_share_words_with_an_erased_one_are_looked_up_in_it(monkeypatch):
-    """A scan that compared each text with each erased one took half a minute of a few thousand rows."""
-    words = [f"w{i}" for i in range(14)]
-    erased, cut = " ".join(words), " ".join(words[2:13])
-    strangers = [(f"what is {i}?", " ".join(f"s{i}x{j}" for j in range(12))) for i in range(50)]
-    read, plain = [], scan_quotes.plain
-    monkeypatch.setattr(scan_quotes, "plain", lambda text: read.append(text) or plain(text))
-    quoting = (f"someone said {' '.join(words[:10])}",)
-    found = scan_quotes.pieces_of({(erased,): "hash"}, [(" ".join(words[4:]),)], [*strangers, (cut,), quoting])
-    pieces = {" ".join(words[i : i + 10]): "hash" for i in range(5)}
-    del pieces[" ".join(words[:10])], pieces[" ".join(words[4:])]  # of another text, and of one that is kept
-    assert found == pieces and sorted(read) == sorted([erased, cut, quoting[0]])
 
 
 def test_a_scan_finds_out_once_what_to_search_for(bed, monkeypatch):
