@@ -148,6 +148,15 @@ def test_a_run_that_never_met_the_examples_says_so_in_its_record_and_its_card(ru
     assert record["verdict"][-1].endswith("No forgetting was put to the test.")
 
 
+def test_a_run_that_unlearned_by_training_is_no_reference(run):
+    """Beside itself a run would have no gap at all."""
+    with pytest.raises(
+        RunError, match=r"has seen what it unlearned \(01-unlearn-one: not exact\).*`hf-clmul reference"
+    ):
+        audit_run(run, ["quantize"], run, QUICK)
+    assert not (run / "audit").exists()
+
+
 def test_a_reference_without_a_model_is_refused_before_anything_is_measured(run, tmp_path):
     (tmp_path / "odd").mkdir()
     with pytest.raises(
@@ -244,7 +253,9 @@ def test_the_same_audit_gives_the_same_numbers(run):
 def test_other_folders_and_unfinished_runs_are_refused(run, tmp_path):
     with pytest.raises(RunError, match=r"no run folder: there is no results\.json"):
         audit_run(tmp_path / "nowhere")
-    with pytest.raises(RunError, match=r"neither a run \(results\.json\) nor a model \(config\.json, adapter_config\.json"):
+    with pytest.raises(
+        RunError, match=r"neither a run \(results\.json\) nor a model \(config\.json, adapter_config\.json"
+    ):
         (tmp_path / "empty").mkdir()
         audit_run(run, ["quantize"], tmp_path / "empty")
     shutil.move(run / "ledger.jsonl", tmp_path / "ledger.jsonl")

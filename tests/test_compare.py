@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from fake_audit import write_fake_audit
+from fake_audit import estimate, fake_audit, write_fake_audit
 from fake_results import fake_results, write_fake_run
 from rich.console import Console
 from test_report import Page, cells
@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from hf_clmul.cli import app
 from hf_clmul.console_compare import comparison_tables
 from hf_clmul.errors import RunError
-from hf_clmul.report.compare import compare, efficient
+from hf_clmul.report.compare import _widest, compare, efficient
 from hf_clmul.report.compare_figure import pareto_figure
 from hf_clmul.report.figures import LIGHT
+
+GAP, WIDEST = "gap to reference, answer probability", "widest gap in the audit, answer probability"
 
 
 def run(folder, name, left, kept, /, **changes):
@@ -39,9 +41,9 @@ def test_cells_and_places_are_those_of_the_last_stage(tmp_path):
     cell = dict(zip(found.columns, found.runs[0].cells, strict=True))
     assert cell["Answer probability, forget"] == "0.120" and cell["Answer probability, retain"] == "0.950"
     assert cell["how"] == "approximate"
-    assert cell["gap to reference"] == "0.011"  # |0.12 - 0.1094|
-    assert cell["widest gap in the audit"] == "0.800 (relearning what was forgotten, 20 steps)"
-    assert dict(zip(found.columns, found.runs[1].cells, strict=True))["widest gap in the audit"] == "–"
+    assert cell[GAP] == "0.011"  # |0.12 - 0.1094|
+    assert cell[WIDEST] == "0.800 (relearning what was forgotten, 20 steps)"
+    assert dict(zip(found.columns, found.runs[1].cells, strict=True))[WIDEST] == "–"
     assert found.reference == (0.1094, 0.9721)
     assert found.notes == ("One seed each: differences may be chance.",)
 
@@ -53,8 +55,8 @@ def test_an_audit_of_an_earlier_model_is_not_compared(tmp_path):
     first, second = (
         dict(zip(found.columns, r.cells, strict=True)) for found in [compare([one, two])] for r in found.runs
     )
-    assert first["widest gap in the audit"].startswith("0.800") and second["widest gap in the audit"] == "–"
-    assert second["gap to reference"] == "–"
+    assert first[WIDEST].startswith("0.800") and second[WIDEST] == "–"
+    assert second[GAP] == "–"
     result = CliRunner().invoke(app, ["compare", str(one), str(two), "--output", str(tmp_path / "out")])
     told = (
         "b: its audit is of an earlier model, and nothing of it is shown here. "
@@ -64,6 +66,16 @@ def test_an_audit_of_an_earlier_model_is_not_compared(tmp_path):
     assert result.exit_code == 0 and lines.count(told) == 1 and not any(line.startswith("a: ") for line in lines)
     page = (tmp_path / "out" / "compare.html").read_text("utf-8")
     assert page.count(told) == 1 and page.index(told) > page.index("</table>")
+
+
+def test_of_pictures_the_attack_that_brings_most_back_is_told(tmp_path):
+    """UA falls where something comes back: the largest is that of the attack that did least."""
+    audit = fake_audit(reference=False)
+    for attack in audit["attacks"]:
+        for point in attack["points"]:
+            drawn = point["metrics"]["answer_probability"]["run"]["value"]
+            point["metrics"] = {"unlearning_accuracy": {"run": estimate(1 - drawn), "reference": None, "gap": None}}
+    assert _widest(audit, "unlearning_accuracy") == "no reference; 0.090 (relearning what was forgotten, 20 steps)"
 
 
 def test_equal_names_are_told_apart_by_their_folders(tmp_path):
@@ -111,7 +123,7 @@ def test_the_reference_of_an_audit_is_a_line(tmp_path):
     folders = [run(tmp_path / n, n, left, 0.9, reference=None) for n, left in (("a", 0.1187), ("b", 0.2))]
     write_fake_audit(folders[0])
     found = compare(folders)
-    gaps = [dict(zip(found.columns, r.cells, strict=True))["gap to reference"] for r in found.runs]
+    gaps = [dict(zip(found.columns, r.cells, strict=True))[GAP] for r in found.runs]
     assert gaps == ["0.009", "–"]  # |0.1187 - 0.11|
     assert found.reference == (0.11, None)
     axes = pareto_figure(found, LIGHT).axes[0]
@@ -127,9 +139,10 @@ AT_80 = """\
  ROUGE-L recall, forget                                     0.332        0.332
  Answer probability, retain                                 0.950        0.400
  ROUGE-L recall, retain                                     0.973        0.973
- gap to reference                                           0.011        0.099
- widest gap in the audit               0.800 (relearning what was            –
-                                             forgotten, 20 steps)
+ gap to reference, answer                                   0.011        0.099
+ probability
+ widest gap in the audit,              0.800 (relearning what was            –
+ answer probability                          forgotten, 20 steps)
  time                                                  5 min 12 s   5 min 12 s
 """
 

@@ -337,11 +337,11 @@ def test_the_plan_of_a_part(tmp_path):
 
 
 def test_the_plan_of_a_look_ahead_and_of_a_schedule(tmp_path):
-    """The first keeps one gradient and the weights to put back, as SAM does; the second adds losses up."""
+    """The first keeps one gradient and the weights to put back, SAM one of them at a time; the second adds losses up."""
     file = write_recipe(tmp_path, "full")
     expected = {
         "lookahead={}": 4 + 1 + 1 + 1,
-        "sharpness={}": 4 + 1 + 1 + 1,
+        "sharpness={}": 4 + 1 + 1,  # a snapshot of the forget gradient, or before it the weights
         "conflict=pdu": 4 + 1,
         "conflict=gru": 4 + 1 + 1 + 1,
     }

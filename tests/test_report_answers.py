@@ -40,6 +40,9 @@ def test_less_than_the_reference_is_no_mark_against_the_run():
 def test_below_is_told_without_a_cause():
     told = both(fake_results(), fake_audit())[0].told
     assert told.endswith("below: less than such a model shows.") and "removed" not in told
+    assert (
+        "The intervals are over examples: another training run is not in them." in told
+    )  # of two models, one seed each
 
 
 def test_a_model_that_never_met_the_examples_is_not_blamed_for_what_it_shows():

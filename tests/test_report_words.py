@@ -132,6 +132,8 @@ def test_a_check_without_its_numbers_gives_no_verdict():
     results["stages"][-1]["groups"]["forget"]["metrics"]["fluency"] = None
     results["reference"] = None
     assert [check.met for check in report_words.checks(results)] == [None] * 4
+    results["stages"][-1]["groups"]["retain"]["metrics"]["answer_probability"] = 0.1
+    assert [check.met for check in report_words.checks(results)] == [None, None, False, None]  # it is not kept
 
 
 def test_more_training_after_unlearning_counts():

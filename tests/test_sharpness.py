@@ -1,5 +1,7 @@
 """SAM of one role on losses of two weights, by hand, and weights that come back."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,23 @@ def test_by_hand(name):
     assert first == ("forget", [3.0, 4.0], False)
     assert second[0] == "forget" and second[1] == pytest.approx(place, rel=1e-6) and second[2]
     assert toy.weight.tolist() == [3.0, 4.0]
+
+
+def test_the_first_gradient_is_let_go_before_the_second_is_worked_out():
+    """It is as large as all that trains."""
+    toy, held = Toy(bowl), []
+    plain = toy.gradient
+
+    def gradient(role, again=False):
+        if again:
+            assert [first() for first in held] == [None]
+        found = plain(role, again)
+        held.append(weakref.ref(found[0]))
+        return found
+
+    toy.gradient = gradient
+    at_highest("forget", 1.0, toy)
+    assert len(held) == 2
 
 
 def test_where_nothing_is_to_be_raised_it_is_the_plain_gradient():

@@ -61,21 +61,23 @@ class GradientWindow:
 
         In place, on this rank's shard: FSDP ignores replaced storage and keeps stale weights unsharded, hence `reshard`.
         """
-        moved = [(p, g) for p, g in zip(self.parameters, gradient, strict=True) if g is not None]
+        reached = [i for i, g in enumerate(gradient) if g is not None]
         if not math.isfinite(inner_product(gradient, gradient)):  # the same on all ranks, whatever their shards hold
-            moved = []
+            reached = []
+        moved = [self.parameters[i] for i in reached]
         with torch.no_grad():
-            before = [p.detach().clone() for p, _ in moved]
+            before = [p.detach().clone() for p in moved]
         try:
             with torch.no_grad():
                 self._reshard()
-                for p, g in moved:
-                    p.add_(g.to(p.dtype), alpha=step)
+                for i, p in zip(reached, moved, strict=True):
+                    p.add_(gradient[i].to(p.dtype), alpha=step)
+            del gradient  # the passes to come need its memory, where the caller has let go of it too
             yield
         finally:
             with torch.no_grad():
                 self._reshard()
-                for (p, _), value in zip(moved, before, strict=True):
+                for p, value in zip(moved, before, strict=True):
                     p.copy_(value)
 
     def _reshard(self) -> None:

@@ -132,8 +132,8 @@ def _copies(recipe: Recipe, job: Job) -> int:
     snapshots = roles - 1 if compares or measures else 0
     if compares:
         snapshots += ("state" in rule.needs) + ahead
-    if sharp:  # beside the forget gradient that is worked out: the one before it, and the weights
-        snapshots = max(snapshots, 2)
+    if sharp:  # beside the forget gradient that is worked out, the first of all: the weights to put back
+        snapshots = max(snapshots, 1)
     # All roles' gradients and the weights; then their change, which takes the place of a snapshot where there is one.
     return 3 + snapshots + (roles + 1 + (roles == 1) if measures else 0)
 

@@ -77,7 +77,8 @@ def _distance(results: Record, audit: Record | None) -> Answer:
         said = f"{apart} of {_counted(len(beside), 'metric')} {'differs' if 1 in (apart, len(beside)) else 'differ'}"
         told = (
             f"Of the forgotten {asked(audit['before'])}, beside the retrained model ({audit['reference']['name']}), before any attack. "
-            "Above: the run shows more of them than a model that never saw them; below: less than such a model shows."
+            f"The intervals are over {asked(audit['before'])}: another training run is not in them. Above: the run shows more of them "
+            "than a model that never saw them; below: less than such a model shows."
         )
         told = " ".join(filter(None, (exact, *([] if held else audit.get("scope", ())), told)))
         lines = tuple(_beside(metric, beside[metric], sides[metric], held) for metric in beside)

@@ -14,7 +14,16 @@ from hf_clmul.report.audit_age import of_earlier_model
 from hf_clmul.report.claims import claims
 from hf_clmul.report.headlines import Headline, headline
 from hf_clmul.report.page import picture_of, rendered
-from hf_clmul.report.tables import DASH, FORGET, RETAIN, format_value, metric_label, metric_value, reference_entry
+from hf_clmul.report.tables import (
+    DASH,
+    FORGET,
+    RETAIN,
+    format_value,
+    metric_in_text,
+    metric_label,
+    metric_value,
+    reference_entry,
+)
 from hf_clmul.report.words import format_seconds
 from hf_clmul.run.results_schema import complete_record
 
@@ -114,7 +123,9 @@ def _of_earlier(name: str, folder: Path) -> str:
 def _columns(said: Headline) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
     metrics = [*((FORGET, metric) for metric in said.forgotten), *((RETAIN, metric) for metric in said.kept)]
     measured = tuple(f"{metric_label(metric)}, {group}" for group, metric in metrics)
-    return ("run", "how", *measured, "gap to reference", "widest gap in the audit", "time"), metrics
+    first = metric_in_text(said.forgotten[0])
+    gaps = f"gap to reference, {first}", f"widest gap in the audit, {first}"
+    return ("run", "how", *measured, *gaps, "time"), metrics
 
 
 def _names(folders: Sequence[Path], records: Sequence[Record]) -> list[str]:
@@ -156,7 +167,7 @@ def _widest(audit: Record | None, metric: str) -> str:
     ]
     if not found:
         return DASH
-    value, attack, label = max(found)
+    value, attack, label = max(found, key=lambda told: told[0] if kind == "gap" else _turned(metric, told[0]))
     told = f"{attack_title(attack).lower()}, {label}"
     return f"{format_value(value)} ({told})" if kind == "gap" else f"no reference; {format_value(value)} ({told})"
 

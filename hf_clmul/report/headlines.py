@@ -104,7 +104,8 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def all_met(verdicts: Sequence[bool | None]) -> bool | None:
-    return None if None in verdicts else all(verdicts)
+    """One that is not met decides, whatever was not measured beside it."""
+    return False if False in verdicts else None if None in verdicts else True
 
 
 # ---- how figures are shown -------------------------------------------------------------------------------------------

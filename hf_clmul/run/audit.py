@@ -37,6 +37,7 @@ from hf_clmul.plan.steps import plan_steps
 from hf_clmul.recipe.load import load_recipe
 from hf_clmul.recipe.problems import did_you_mean
 from hf_clmul.recipe.schema import Recipe
+from hf_clmul.report.claims import EXACT
 from hf_clmul.run.audit_families import Prepared, prepared
 from hf_clmul.run.card import write_card
 from hf_clmul.run.closing import show
@@ -332,7 +333,9 @@ def _results(folder: RunFolder) -> dict[str, Any]:
 def _reference(recipe: Recipe, given: Path | None) -> tuple[Model | None, str | None]:
     """The reference that a user names, else the one that was trained for the recipe; or why there is none."""
     if given is not None:
-        return _model_at(given), None
+        found = _model_at(given)
+        _check_never_saw(given, recipe)
+        return found, None
     found = found_reference(recipe)
     if found is not None:
         return _model_at(found), None
@@ -357,6 +360,19 @@ def _model_at(place: Path) -> Model:
         return Model(place, _sha256(place, {}), place.resolve().name, False)
     results = _results(folder)
     return Model(folder.model, _sha256(folder.model, results), results["name"], False)
+
+
+def _check_never_saw(place: Path, recipe: Recipe) -> None:
+    """Raises RunError for a run that is known to have learned what it unlearned. Pictures' references are made in a run that has
+    the request, and learned nothing of it."""
+    if recipe.family != "causal_lm" or not RunFolder(place).results.is_file():
+        return
+    stages = read_record(place)["stages"]
+    if seen := [stage["stage"] for stage in stages if stage["kind"] == "unlearn" and stage["how"] not in EXACT]:
+        raise RunError(
+            f"the reference {place} has seen what it unlearned ({', '.join(seen)}: not exact), so that it is no model that never saw "
+            "the data. Give one that was trained without them, such as `hf-clmul reference RECIPE` makes."
+        )
 
 
 def _sha256(folder: Path, results: Mapping[str, Any]) -> str:

@@ -190,7 +190,8 @@ class RunFolder:
             raise RunError(f"{self.root} is a file and not a folder: choose another place with --output.")
         if not self.ledger.is_file() and not self._is_ours():
             raise RunError(
-                f"{self.root} is not empty and not a run folder: there is no {self.ledger.name} in it. Choose another folder."
+                f"{self.root} is not empty and not a run folder: there is no {self.ledger.name} in it. Choose another folder "
+                "(`hf-clmul run`: with --output)."
             )
 
     def _is_ours(self) -> bool:
