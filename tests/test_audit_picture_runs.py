@@ -170,7 +170,7 @@ def test_a_lora_is_merged_into_its_base(runs, made, tmp_path):
     with torch.no_grad():
         found = merged.unet(*given).sample
     assert torch.allclose(found, alive, atol=1e-5) and not torch.allclose(found, plain, atol=1e-3)
-    with pytest.raises(RunError, match=r"holds no pipeline: there is neither model_index\.json nor pytorch_lora"):
+    with pytest.raises(RunError, match=r"cats holds neither a run .* nor a model \(.*model_index\.json, pytorch_lora"):
         audit_run(runs("real"), ["quantize"], made / "cats")
 
 

@@ -241,7 +241,7 @@ def test_without_a_reference_the_verdict_says_so_and_compares_with_before_only()
     )
     assert said[2] == (
         "1 of 1 attacks raised something: relearn. How much of that was still in the model, and how much such an attack teaches "
-        "any model, is not known without a retrained one."
+        "any model, is not known without the same attack on a retrained one."
     )
 
 
@@ -251,7 +251,8 @@ def test_where_nothing_was_forgotten_unmoved_figures_do_not_read_as_success(refe
     start = {"answer_probability": entry((0.97, 0.95, 0.99), *other), "p": entry((0.2, 0.1, 0.3))}
     said = verdict(start, [attack(("before", start), ("int8", start))], None if referenced else "none was trained")
     assert said[1] == (
-        "Before any attack the run already lies above the retrained model in answer probability: that much was not forgotten."
+        "Before any attack the run already lies above the retrained model in answer probability; how far apart two retrained models "
+        "lie is not in these intervals."
         if referenced
         else "Before any attack the run already lies near 1 in answer probability, so that no attack could raise that far."
     )
@@ -299,7 +300,7 @@ def test_of_a_model_that_never_met_the_examples_nothing_is_said_to_be_forgotten_
     point = {"answer_probability": entry((0.999, 0.995, 1.0), (0.70, 0.60, 0.75), (0.29, 0.25, 0.35))}
     found = attack(("before", start), ("1 epoch", point))
     plain = verdict(start, [found], None)
-    assert "that much was not forgotten" in plain[1] and "came back: 0.970" in plain[2]
+    assert "already lies above the retrained model" in plain[1] and "came back: 0.970" in plain[2]
     scope, _, already, rose, last = verdict(start, [found], None, ["It never met them."], False)
     assert scope == "It never met them."
     assert already == (

@@ -242,6 +242,23 @@ def test_a_point_of_both_models_stands_at_the_end_of_the_run(run, finished):
     assert any("depth of unlearning 0.750" in sentence for sentence in read_audit(run)["verdict"])
 
 
+def test_an_audit_of_one_attack_takes_back_nothing_that_others_found(run, finished):
+    first = audit_run(run, ["relearn"], None, QUICK)
+    both = audit_run(run, ["quantize"])
+    assert [entry["attack"] for entry in both["attacks"]] == ["quantize", "relearn"] and read_audit(run) == both
+    assert both["attacks"][1] == first["attacks"][0]
+    assert [s for s in both["verdict"] if s.startswith("relearn: ")] == [
+        s for s in first["verdict"] if s.startswith("relearn: ")
+    ]
+    again = audit_run(run, ["relearn"], None, [*QUICK, "relearn.steps=2"])
+    assert [entry["parameters"].get("steps") for entry in again["attacks"]] == [None, 2], (
+        "the newer of two takes its place"
+    )
+    # Beside another reference an attack says other things.
+    (alone,) = audit_run(run, ["quantize"], finished[1])["attacks"]
+    assert alone["attack"] == "quantize"
+
+
 def test_the_same_audit_gives_the_same_numbers(run):
     first = audit_run(run, ["relearn"], None, QUICK)
     shutil.rmtree(run / "audit")

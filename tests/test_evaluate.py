@@ -67,9 +67,20 @@ def test_a_stage_has_groups_by_name_and_what_is_of_no_single_group(run):
     assert ("base_perplexity" in forget["absent"]) is not adapter
 
 
-def test_the_exported_model_is_what_the_run_measured(run, monkeypatch):
+def retrained(run, tmp_path):
+    """The same run as if its request had been exact: a reference that says just what the run says."""
+    place = tmp_path / "retrained"
+    shutil.copytree(run, place)
+    record = results(place)
+    for stage in record["stages"]:
+        stage["how"] = stage["how"] and "exact by partial retraining"
+    (place / "results.json").write_text(json.dumps(record))
+    return place
+
+
+def test_the_exported_model_is_what_the_run_measured(run, tmp_path, monkeypatch):
     seen = counted(monkeypatch)
-    files = evaluate(str(run), suites=["basic", "tofu"], reference=run)
+    files = evaluate(str(run), suites=["basic", "tofu"], reference=retrained(run, tmp_path))
     assert files == [run / "evaluation" / "basic.json", run / "evaluation" / "tofu.json"] and seen == [14]
     stage = results(run)["stages"][-1]["groups"]
     basic, tofu = map(read_evaluation, files)
@@ -79,7 +90,7 @@ def test_the_exported_model_is_what_the_run_measured(run, monkeypatch):
             {n: stage[group]["metrics"][n] for n in same}, rel=1e-4
         )
     assert tofu["suites"]["tofu"]["metrics"]["forget_quality"] == 1.0, "against itself"
-    assert tofu["reference"] == "out" and tofu["target"] == "out"
+    assert tofu["reference"] == "retrained" and tofu["target"] == "out"
     # A second time everything is read back; so is what was measured where only another suite is asked for.
     assert evaluate(str(run), suites=["tofu"]) == [run / "evaluation" / "tofu.json"] and seen == [14]
     assert "no such reference" in read_evaluation(files[1])["suites"]["tofu"]["absent"]["forget_quality"]
@@ -92,8 +103,8 @@ def test_the_exported_model_is_what_the_run_measured(run, monkeypatch):
     tables[0].exists() and pytest.fail("the old table is left")
 
 
-def test_muse_generates_with_its_own_lengths_and_so_does_the_reference(run, monkeypatch):
-    seen, measure = [], measuring.measure
+def test_muse_generates_with_its_own_lengths_and_so_does_the_reference(run, tmp_path, monkeypatch):
+    seen, measure, other = [], measuring.measure, retrained(run, tmp_path)
 
     def counting(model: Any, tokenizer: Any, rows: Any, how: Any, *rest: Any) -> Any:
         seen.append((how.max_new_tokens, len(rows["rows"])))
@@ -101,7 +112,7 @@ def test_muse_generates_with_its_own_lengths_and_so_does_the_reference(run, monk
 
     evaluate(str(run), suites=["basic"])
     monkeypatch.setattr(measuring, "measure", counting)
-    (file,) = evaluate(str(run), suites=["muse"], reference=run)
+    (file,) = evaluate(str(run), suites=["muse"], reference=other)
     found = read_evaluation(file)["suites"]["muse"]
     assert seen == [(32, 10), (32, 10)], "questions of forget and retain, of the run and of the reference"
     assert found["metrics"]["knowledge_memorization"] is not None and found["counts"]["knowledge_memorization"] == 8
@@ -109,7 +120,7 @@ def test_muse_generates_with_its_own_lengths_and_so_does_the_reference(run, monk
     assert found["absent"]["verbatim_memorization"].startswith("no forgotten row is a passage (column `text`)")
     names = {path.name.rsplit("-", 1)[0] for path in (run / "evaluation" / "tables").iterdir()}
     assert {"forget_knowledge", "retain_knowledge", "reference-forget_knowledge", "reference-retain_knowledge"} <= names
-    evaluate(str(run), suites=["muse"], reference=run)
+    evaluate(str(run), suites=["muse"], reference=other)
     assert len(seen) == 2, "read back"
 
 
@@ -259,12 +270,18 @@ def test_a_table_of_another_model_is_not_taken_for_this_ones(run, tmp_path, monk
 
 
 def test_a_reference_that_measured_other_examples_is_refused(run, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(run, other)
+    other = retrained(run, tmp_path)
     file = other / "requests" / LAST / "examples.jsonl"
     file.write_text(file.read_text().replace('"P02-3"', '"X02-3"'))
     with pytest.raises(RunError, match="is a reference of other data: 1 of the run's 8 examples were not measured"):
         evaluate(str(run), suites=["tofu"], reference=other, output=tmp_path / "out")
+
+
+def test_a_reference_that_has_seen_the_data_is_refused(run):
+    with pytest.raises(
+        RunError, match=rf"has seen what it unlearned \({LAST}: not exact\), .* `hf-clmul reference RECIPE`"
+    ):
+        evaluate(str(run), suites=["tofu"], reference=run)
 
 
 def test_a_suite_that_finds_no_number_ends_the_command_with_an_error(run, tmp_path):

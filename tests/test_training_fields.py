@@ -147,8 +147,9 @@ def test_values_that_fit(field, value):
          "found 'batch_size'; did you mean 'per_device_train_batch_size'?"),
         ("warmup_ratio: 0.1", "warmup_ratio: no longer a field in transformers {version}; "
          "write warmup_steps, which accepts a fraction such as 0.1"),
-        ("evaluation_strategy: steps", "evaluation_strategy: no longer a field in transformers {version}; "
-         "leave it out; what is measured stands in the section `evaluation`"),
+        ("evaluation_strategy: steps", "evaluation_strategy: no longer a field in transformers {version}; it is named "
+         "eval_strategy now and has no effect here, since a request's training has no data to evaluate on: leave it out; what is "
+         "measured stands in the section `evaluation`"),
         ("output_dir: x", "output_dir: cannot be set in a recipe; each request has its own folder in the "
          "run folder; "
          "choose the run folder with --output"),

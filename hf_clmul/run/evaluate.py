@@ -45,7 +45,7 @@ from hf_clmul.run.reference import found_reference
 from hf_clmul.run.request import on_main_first
 from hf_clmul.run.results import hardware, versions
 from hf_clmul.run.results_schema import complete_record, read_record
-from hf_clmul.run.retrained import alike, references
+from hf_clmul.run.retrained import alike, check_never_saw, references
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +239,7 @@ def _reference(folder: Path) -> Tables:
     """What the reference said after its last request."""
     _check_is_run(folder, "Give that of a reference, such as `hf-clmul reference RECIPE` names.")
     _check_run(folder)
+    check_never_saw(folder)
     found = measured_examples(folder)
     if not found.get("forget"):
         raise RunError(

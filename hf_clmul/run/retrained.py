@@ -15,6 +15,7 @@ from hf_clmul.ledger.scan_text import ERASED
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.recipe.schema import Recipe
 from hf_clmul.recipe.sources import AUTO
+from hf_clmul.report.claims import EXACT
 from hf_clmul.run.comparison import examples
 from hf_clmul.run.folder import COMPLETE
 from hf_clmul.run.log import quiet_libraries
@@ -109,6 +110,17 @@ def _record(folder: Path) -> dict[str, Any]:
     if record["status"] != COMPLETE or not record["stages"]:
         raise RunError(f"{folder}: the reference was not trained to its end (status {record['status']!r}). {again}")
     return record
+
+
+def check_never_saw(folder: Path) -> None:
+    """Raises RunError for a run that is known to have learned what it unlearned: such a one is no measure of forgetting. What a
+    folder that is no run has seen is not known."""
+    stages = read_record(folder)["stages"] if (folder / "results.json").is_file() else []
+    if seen := [stage["stage"] for stage in stages if stage["kind"] == "unlearn" and stage["how"] not in EXACT]:
+        raise RunError(
+            f"the reference {folder} has seen what it unlearned ({', '.join(seen)}: not exact), so that it is no model that never saw "
+            "the data. Give one that was trained without them, such as `hf-clmul reference RECIPE` makes."
+        )
 
 
 def alike(folder: Path, chosen: Evaluated) -> set[str]:

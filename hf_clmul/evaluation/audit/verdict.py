@@ -221,7 +221,8 @@ def already(before: Mapping[str, Any], referenced: bool, held: bool = True) -> s
         return f"Before any attack the run lies {where} in {words}, though it was not trained on the {asked(before)}."
     if referenced:
         return (
-            f"Before any attack the run already lies above the retrained model in {words}: that much was not forgotten."
+            f"Before any attack the run already lies above the retrained model in {words}; how far apart two retrained models lie "
+            "is not in these intervals."
         )
     return f"Before any attack the run already lies near 1 in {words}, so that no attack could raise that far."
 
@@ -369,7 +370,7 @@ def _summary(back: Sequence[str], alone: Sequence[str], tried: int, referenced: 
     if back:
         return (
             f"{len(back)} of {tried} attacks raised something: {', '.join(back)}. How much of that was still in the model, and how "
-            "much such an attack teaches any model, is not known without a retrained one."
+            "much such an attack teaches any model, is not known without the same attack on a retrained one."
         )
     if alone:
         return f"None of {tried} attacks is known to have brought something back{beyond}.{more}"
