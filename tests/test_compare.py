@@ -48,6 +48,16 @@ def test_cells_and_places_are_those_of_the_last_stage(tmp_path):
     assert found.notes == ("One seed each: differences may be chance.",)
 
 
+@pytest.mark.parametrize(("names", "seeds", "told"), [
+    (("npo", "ascent"), (0, 1), True), (("npo", "npo"), (0, 1), False), (("npo", "npo"), (0, 0), True)])  # fmt: skip
+def test_one_seed_of_each_method_is_told_whatever_the_seeds(tmp_path, names, seeds, told):
+    runs = [
+        run(tmp_path / str(i), name, 0.1, 0.9, seed=seed)
+        for i, (name, seed) in enumerate(zip(names, seeds, strict=True))
+    ]
+    assert ("One seed each: differences may be chance." in compare(runs).notes) == told
+
+
 def test_an_audit_of_an_earlier_model_is_not_compared(tmp_path):
     one, two = (run(tmp_path / n, n, 0.1, 0.9, finished=f, reference=None) for n, f in (("a", "2025"), ("b", "2027")))
     for folder in (one, two):

@@ -197,7 +197,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
     digests = {record["stages"][-1].get("evaluated") for record in records}
     if len(counts) > 1 or len(digests) > 1:
         notes.append("The runs were not measured on the same examples.")
-    if len({record["seed"] for record in records}) == 1:
+    if len({record["seed"] for record in records}) == 1 or len({record["name"] for record in records}) == len(records):
         notes.append("One seed each: differences may be chance.")
     return notes
 

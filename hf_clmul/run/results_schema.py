@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hf_clmul.errors import RunError
+from hf_clmul.errors import RunError, reason
 from hf_clmul.recipe.problems import first_problem
 
 SCHEMA = 1
@@ -224,7 +224,7 @@ def read_rows(place: Path) -> list[dict[str, Any]]:
         return [{**row, "group": row["group"]} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{place / 'examples.jsonl'} cannot be read as the rows of a stage ({error!r}). Delete {place / 'result.json'} and "
+            f"{place / 'examples.jsonl'} cannot be read as the rows of a stage ({reason(error)}). Delete {place / 'result.json'} and "
             "the run's results.json, and give `hf-clmul run` again: the stage is measured anew; if a later request removed the weights, "
             "choose another folder with --output."
         ) from error
