@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_clmul.errors import RunError
+from hf_clmul.errors import RunError, reason
 from hf_clmul.paths import atomic_write
 
 Row = dict[str, Any]
@@ -76,5 +76,4 @@ def _explained(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such table. Give the command that makes it again.") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise RunError(f"{path} cannot be read as a table of measured examples: {reason}\n{REMEDY}") from error
+        raise RunError(f"{path} cannot be read as a table of measured examples: {reason(error)}\n{REMEDY}") from error

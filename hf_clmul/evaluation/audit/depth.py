@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt
 
+from hf_clmul.errors import reason
 from hf_clmul.evaluation.audit.protocol import Absent, AuditData, Example, Point, Subject
 
 if TYPE_CHECKING:
@@ -254,8 +255,7 @@ def _loaded(folder: str, subject: Subject) -> Any:
         full = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype).eval().to(like.device)
         vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise Absent(f"the model before unlearning, {folder!r}, could not be loaded: {reason}") from error
+        raise Absent(f"the model before unlearning, {folder!r}, could not be loaded: {reason(error)}") from error
     ours, theirs = (
         (len(blocks(m)), m.config.get_text_config().hidden_size, m.config.model_type) for m in (subject.model, full)
     )

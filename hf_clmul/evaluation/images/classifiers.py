@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_clmul.errors import RecipeError
+from hf_clmul.errors import RecipeError, reason
 from hf_clmul.recipe.problems import one_of, suggestion
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ class HubClassifier(nn.Module):
             self.model = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True)
             self.processor = AutoImageProcessor.from_pretrained(path)
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(
-                f"evaluation.images.classifier: {path!r} could not be loaded: {str(error).splitlines()[0]}"
-            ) from error
+            raise RecipeError(f"evaluation.images.classifier: {path!r} could not be loaded: {reason(error)}") from error
         labels: Mapping[int, str] = self.model.config.id2label
         self.CLASSES: Mapping[str, Sequence[str]] = {axis: [labels[i].split(",")[0] for i in range(len(labels))]}
         self.axis = axis

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from hf_clmul.errors import RecipeError
+from hf_clmul.errors import RecipeError, reason
 from hf_clmul.evaluation.images.distances import clip_scores
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Clip(nn.Module):
             self.model, told = CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
             self.processor: Any = CLIPProcessor.from_pretrained(path)
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"{KEY}: {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
+            raise RecipeError(f"{KEY}: {path!r} could not be loaded: {reason(error)}") from error
         if told["missing_keys"]:  # one half of a CLIP loads with the other half random, and scores all the same
             raise RecipeError(
                 f"{KEY}: {path!r} lacks {len(told['missing_keys'])} tensors of a CLIPModel, such as "
