@@ -3,10 +3,9 @@ run folder; imports nothing heavy."""
 
 from pathlib import Path
 
-from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.paths import atomic_write
 from hf_clmul.report.audit import referenced
-from hf_clmul.report.audit_age import of_earlier_model
+from hf_clmul.report.audit_age import current_audit
 from hf_clmul.report.card_audit import with_audit
 from hf_clmul.report.model_card import with_results
 from hf_clmul.report.page import write_report
@@ -29,8 +28,7 @@ def write_card(folder: RunFolder) -> None:
     card, own = folder.model / "README.md", read_record(folder.root)
     if own["status"] != COMPLETE or not card.is_file():  # a run that goes on has the model of an earlier recipe
         return
-    audit = read_audit(folder.root)
-    current = None if of_earlier_model(folder.root, own, audit) else audit
+    current = current_audit(folder.root, own)
     old = card.read_text("utf-8")
     new = with_results(old, referenced(own, current))
     new = new if current is None else with_audit(new, current)
