@@ -327,7 +327,13 @@ def test_a_recipe_audits_at_the_end_of_its_run_and_the_command_prints_what_came_
     monkeypatch.setenv("HF_CLMUL_CACHE", str(tmp_path / "cache"))
     root = Path(shutil.copytree(finished[0], tmp_path / "out"))
     recipe = finished[0].parent / "recipe.yaml"
-    execute(recipe, root, "audit.attacks.relearn={steps: 2, points: 1}", "audit.after_run=true")
+    asked = ("audit.attacks.relearn={steps: 2, points: 1}", "audit.after_run=true")
+    execute(recipe, root, *asked)
+    with patch.object(closing, "write_report", without_report):
+        ended = CliRunner().invoke(app, ["run", str(recipe), *asked, "--output", str(root)])
+    assert ended.exit_code == 0, ended.output
+    told = " ".join(ended.output.split())
+    assert "small: does it come back?" in told and told.index("before attacks") < told.index("Does it come back? ")
     record = read_audit(root)
     assert [entry["attack"] for entry in record["attacks"]] == ["relearn"]
     assert [event["event"] for event in events(root)][-1] == "audited"
