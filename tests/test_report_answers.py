@@ -128,7 +128,9 @@ def test_where_nothing_came_back_it_is_told_what_was_there_before(reference):
     audit["before"]["rouge_l_recall"]["run"] = estimate(0.95)
     start = "Before any attack the run already lies "
     told = both(fake_results() | {"reference": None}, audit)[1].told
-    there = "above the retrained model in ROUGE-L recall; how far apart " if reference else "near 1 in ROUGE-L recall, so "
+    there = (
+        "above the retrained model in ROUGE-L recall; how far apart " if reference else "near 1 in ROUGE-L recall, so "
+    )
     assert told.startswith(start + there) and told.index("see above") > len(start + there)
     audit["before"]["rouge_l_recall"] = audit["before"]["answer_probability"]
     assert start not in both(fake_results(), audit)[1].told
