@@ -81,7 +81,7 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> "Table":
     from rich.text import Text
 
     shown = _shown_stages(results["stages"], _SHOWN_STAGES - (width < _WIDE))
-    referenced = results["reference"] is not None
+    compared = results["reference"] is not None
     title, caption = f"{results['name']}: what was measured", _caption(results, len(shown))
     table = Table(title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.title_justify = table.caption_justify = "left"
@@ -90,14 +90,14 @@ def results_table(results: Mapping[str, Any], width: int = 80) -> "Table":
         heading = _heading(results["stages"][i])
         whole = min(_WORD, max(map(len, heading.plain.split()), default=1))
         table.add_column(heading, justify="right", min_width=whole, max_width=16, overflow="fold")
-    if referenced:
+    if compared:
         table.add_column("reference", justify="right", no_wrap=True)
     for group in group_tables(results):
         table.add_section()
         sizes = ", ".join(dict.fromkeys(group.examples))
         table.add_row(Text(f"{group.title}, n = {sizes}", style=_STYLES.get(group.key, "bold")))
         for row in _present(group):
-            cells = [row.values[i] for i in shown] + [row.reference] * referenced
+            cells = [row.values[i] for i in shown] + [row.reference] * compared
             table.add_row(Text(f"  {row.label}"), *map(Text, cells))
     for suite in suite_tables(results):
         if rows := _present(suite):

@@ -1,6 +1,9 @@
 """The errors that reach a user, with a finished message, and the reason of a library's error in one line. They know
 nothing of how it is shown."""
 
+AGAIN = "Delete it and give `hf-clmul run` again: it is written anew."
+"""The remedy for a record of a run that cannot be read."""
+
 
 def reason(error: BaseException) -> str:
     """The first line of a library's error; where that only announces a list, the beginning of the whole."""

@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from hf_clmul.errors import RunError
+from hf_clmul.errors import AGAIN, RunError
 from hf_clmul.ledger import chain as ledger
 from hf_clmul.ledger.chain import Head
 from hf_clmul.ledger.key import key_id, read_key
 from hf_clmul.ledger.records import Event
 from hf_clmul.recipe.problems import did_you_mean
-from hf_clmul.run.results_schema import AGAIN
 
 LEDGER = "ledger.jsonl"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_clmul.errors import RunError
+from hf_clmul.errors import AGAIN, RunError
 from hf_clmul.evaluation.audit.record import read_audit
 from hf_clmul.evaluation.audit.verdict import FALLING
 from hf_clmul.report import picture_grid
@@ -51,7 +51,7 @@ from hf_clmul.report.words import (
     summary,
 )
 from hf_clmul.run.evaluation_record import read_evaluations
-from hf_clmul.run.results_schema import AGAIN, read_record
+from hf_clmul.run.results_schema import read_record
 
 _TEMPLATE = "report.html.j2"
 _DRAWN = 8  # stages: of a hundred, bars would be hair lines, and all curves together take minutes and a heavy page

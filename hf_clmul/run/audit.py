@@ -348,9 +348,8 @@ def _reference(recipe: Recipe, given: Path | None) -> tuple[Model | None, str | 
     """The reference that a user names, else the one that was trained for the recipe; or why there is none."""
     if given is not None:
         found = _model_at(given)
-        if (
-            recipe.family == "causal_lm"
-        ):  # those of pictures are made in a run that has the request, and learned nothing of it
+        # References of pictures are made in a run that has the request, and learned nothing of it.
+        if recipe.family == "causal_lm":
             check_never_saw(given)
         return found, None
     found = found_reference(recipe)

@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from hf_clmul.data.sources import content
-from hf_clmul.errors import RunError
+from hf_clmul.errors import AGAIN, RunError
 from hf_clmul.evaluation.muse import TOKENS, groups_of
 from hf_clmul.evaluation.suite_table import Entry, Results, Tables, blank, continual, put_absent, results
 from hf_clmul.evaluation.suites import Measuring
 from hf_clmul.plan.columns import Evaluated
 from hf_clmul.recipe.schema import Recipe
-from hf_clmul.run.results_schema import AGAIN
 
 Measure = Callable[[Any, Evaluated, Measuring], dict[str, list[dict[str, Any]]]]
 """(subject, examples by group, how) -> rows by group"""

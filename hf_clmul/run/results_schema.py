@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hf_clmul.errors import RunError, reason
+from hf_clmul.errors import AGAIN, RunError, reason
 from hf_clmul.recipe.problems import first_problem
 
 SCHEMA = 1
 COMPLETE = "complete"
-AGAIN = "Delete it and give `hf-clmul run` again: it is written anew."
 CONTINUE = "Give `hf-clmul run` again, which continues it."
 STAGE_AGAIN = (
     "Delete it and give `hf-clmul run` again: what it says is measured anew, or, if a later request removed the weights, choose "
